@@ -1,0 +1,219 @@
+"""Building blocks shared by the efficient networks, written once for 2D and 3D.
+
+Sources: MBConv from Sandler et al. 2018 (MobileNetV2) and Tan & Le 2019 (EfficientNet), FusedMBConv from Tan & Le
+2021 (EfficientNetV2), squeeze-and-excitation from Hu et al. 2018, stochastic depth from Huang et al. 2016.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from dynamic_network_architectures.building_blocks.helper import maybe_convert_scalar_to_list
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+from torchvision.ops import StochasticDepth
+
+SpatialSize = int | Sequence[int]
+
+
+def to_fast_layout(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x: (B, C, *spatial)`` in the memory layout in which the blocks of this module run fastest.
+
+    On a CPU that is channels-last: a 1×1 convolution is then one matrix product, and oneDNN's depthwise kernels run
+    without the reordering that costs them ten times their arithmetic. Elsewhere ``x`` comes back unchanged.
+    """
+    if x.device.type != "cpu":
+        return x
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+
+
+class _GroupNormPath:
+    """Instance normalisation computed by PyTorch's group normalisation on a CPU: same values, in any layout.
+
+    ``torch.nn.InstanceNorm*d`` copies a channels-last map to a contiguous one and runs batch normalisation on it;
+    group normalisation with one channel a group reads the map where it lies and is 1.5 to 15 times faster.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu" or self.track_running_stats:
+            return super().forward(x)
+        return F.group_norm(x, self.num_features, self.weight, self.bias, self.eps)
+
+
+class InstanceNorm2d(_GroupNormPath, nn.InstanceNorm2d):
+    """``torch.nn.InstanceNorm2d`` with the faster CPU path."""
+
+
+class InstanceNorm3d(_GroupNormPath, nn.InstanceNorm3d):
+    """``torch.nn.InstanceNorm3d`` with the faster CPU path."""
+
+
+def fast_norm_op(norm_op: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of this module that computes what ``norm_op`` computes, or ``norm_op`` itself."""
+    return {nn.InstanceNorm2d: InstanceNorm2d, nn.InstanceNorm3d: InstanceNorm3d}.get(norm_op, norm_op)
+
+
+class SiLU(nn.Module):
+    """SiLU, in place where no gradient is wanted: a map six times as wide as its block is worth not copying."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+class ConvNormAct(nn.Module):
+    """Convolution without bias, normalisation, and SiLU unless ``activation`` is false.
+
+    Padding is ``kernel // 2``, so the output has ``ceil(size / stride)`` voxels per axis.
+    """
+
+    def __init__(
+        self,
+        conv_op: type[_ConvNd],
+        input_channels: int,
+        output_channels: int,
+        kernel_size: SpatialSize,
+        stride: SpatialSize,
+        norm_op: type[nn.Module],
+        norm_op_kwargs: dict,
+        groups: int = 1,
+        activation: bool = True,
+    ):
+        super().__init__()
+        kernel_size = maybe_convert_scalar_to_list(conv_op, kernel_size)
+        stride = maybe_convert_scalar_to_list(conv_op, stride)
+        self.conv = conv_op(
+            input_channels,
+            output_channels,
+            tuple(kernel_size),
+            tuple(stride),
+            padding=tuple(k // 2 for k in kernel_size),
+            groups=groups,
+            bias=False,
+        )
+        self.norm = norm_op(output_channels, **norm_op_kwargs)
+        self.nonlin = SiLU() if activation else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.nonlin(self.norm(self.conv(x)))
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
+        """Elements that the convolution writes for one sample of ``input_size`` voxels (nnU-Net's memory unit)."""
+        return np.prod([self.conv.out_channels, *strided_size(input_size, self.conv.stride)], dtype=np.int64)
+
+
+def strided_size(input_size: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """Voxels per axis after a convolution of this module with ``stride``."""
+    return [-(-size // step) for size, step in zip(input_size, stride, strict=True)]
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate: global average pool, 1×1 to ``squeezed_channels``, SiLU, 1×1 back, sigmoid (Hu et al. 2018)."""
+
+    def __init__(self, conv_op: type[_ConvNd], channels: int, squeezed_channels: int):
+        super().__init__()
+        self.reduce = conv_op(channels, squeezed_channels, 1, bias=True)
+        self.expand = conv_op(squeezed_channels, channels, 1, bias=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = x.mean(tuple(range(2, x.ndim)), keepdim=True)
+        gate = torch.sigmoid(self.expand(F.silu(self.reduce(pooled))))
+        return x * gate if torch.is_grad_enabled() else x.mul_(gate)
+
+
+class _ResidualBlock(nn.Module):
+    """What MBConv and FusedMBConv share: the branch, the shortcut where shapes allow, and stochastic depth."""
+
+    def __init__(self, branch: dict[str, nn.Module], has_shortcut: bool, drop_path_rate: float):
+        super().__init__()
+        self.branch_names = tuple(branch)
+        for name, module in branch.items():
+            self.add_module(name, module)
+        self.has_shortcut = has_shortcut
+        self.drop_path = StochasticDepth(drop_path_rate, "row") if has_shortcut and drop_path_rate else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for name in self.branch_names:
+            y = getattr(self, name)(y)
+        if not self.has_shortcut:
+            return y
+        y = self.drop_path(y)
+        return y + x if torch.is_grad_enabled() else y.add_(x)
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
+        """Elements that the block's convolutions write for one sample; the expanded maps count, gates do not."""
+        total = np.int64(0)
+        for name in self.branch_names:
+            module = getattr(self, name)
+            if isinstance(module, ConvNormAct):
+                total += module.compute_conv_feature_map_size(input_size)
+                input_size = strided_size(input_size, module.conv.stride)
+        return total
+
+
+class MBConv(_ResidualBlock):
+    """Inverted residual: 1×1 expansion, depthwise convolution, squeeze-and-excitation, 1×1 projection.
+
+    The expansion is left out when ``expansion`` is 1. The shortcut exists iff nothing changes the shape.
+
+    Args:
+        squeezed_channels: width of the squeeze-and-excitation bottleneck.
+        drop_path_rate: probability of dropping the branch of a sample in training.
+    """
+
+    def __init__(
+        self,
+        conv_op: type[_ConvNd],
+        input_channels: int,
+        output_channels: int,
+        kernel_size: SpatialSize,
+        stride: SpatialSize,
+        expansion: int,
+        squeezed_channels: int,
+        norm_op: type[nn.Module],
+        norm_op_kwargs: dict,
+        drop_path_rate: float = 0.0,
+    ):
+        expanded = expansion * input_channels
+        norm = (norm_op, norm_op_kwargs)
+        branch: dict[str, nn.Module] = {}
+        if expansion != 1:
+            branch["expand"] = ConvNormAct(conv_op, input_channels, expanded, 1, 1, *norm)
+        branch["depthwise"] = ConvNormAct(conv_op, expanded, expanded, kernel_size, stride, *norm, groups=expanded)
+        branch["squeeze_excite"] = SqueezeExcite(conv_op, expanded, squeezed_channels)
+        branch["project"] = ConvNormAct(conv_op, expanded, output_channels, 1, 1, *norm, activation=False)
+        super().__init__(branch, _keeps_shape(stride, input_channels, output_channels), drop_path_rate)
+
+
+class FusedMBConv(_ResidualBlock):
+    """MBConv whose expansion and depthwise convolution are one full convolution; no squeeze-and-excitation.
+
+    The 1×1 projection stays for ``expansion`` 1.
+    """
+
+    def __init__(
+        self,
+        conv_op: type[_ConvNd],
+        input_channels: int,
+        output_channels: int,
+        kernel_size: SpatialSize,
+        stride: SpatialSize,
+        expansion: int,
+        norm_op: type[nn.Module],
+        norm_op_kwargs: dict,
+        drop_path_rate: float = 0.0,
+    ):
+        expanded = expansion * input_channels
+        norm = (norm_op, norm_op_kwargs)
+        branch = {
+            "expand": ConvNormAct(conv_op, input_channels, expanded, kernel_size, stride, *norm),
+            "project": ConvNormAct(conv_op, expanded, output_channels, 1, 1, *norm, activation=False),
+        }
+        super().__init__(branch, _keeps_shape(stride, input_channels, output_channels), drop_path_rate)
+
+
+def _keeps_shape(stride: SpatialSize, input_channels: int, output_channels: int) -> bool:
+    return input_channels == output_channels and np.all(np.asarray(stride) == 1).item()
