@@ -212,10 +212,13 @@ def check_search(names: list[str]) -> Iterator[Check]:
         if found is not None:
             yield Check("Trainers", OK, f"{name} is {found.__module__}.{found.__qualname__}")
             continue
-        reason = _reason(trainers, name) or message
         close = trainers.suggest(name)
-        remedy = f"did you mean {' or '.join(close)}?" if close else f"available: {', '.join(available)}"
-        yield Check("Trainers", ERROR, f"nnU-Net does not find {name}: {reason}", remedy)
+        yield Check(
+            "Trainers",
+            ERROR,
+            f"nnU-Net does not find {name}: {_reason(name, available) or message}",
+            f"did you mean {' or '.join(close)}?" if close else f"expected a name such as {example} or one of your own",
+        )
 
 
 def _search(search, name: str) -> tuple[type | None, str]:
@@ -227,13 +230,15 @@ def _search(search, name: str) -> tuple[type | None, str]:
             return None, " ".join(str(error).split()) or type(error).__name__
 
 
-def _reason(trainers, name: str) -> str:
-    """What the catalogue says against `name`: an unknown base name, a malformed suffix."""
-    try:
-        getattr(trainers, name)
-    except AttributeError as error:
-        return " ".join(str(error).split())
-    return ""
+def _reason(name: str, available: list[str]) -> str:
+    """What is wrong with a name that begins like one of this package's; empty for any other."""
+    base = max((known for known in available if name.startswith(f"{known}_")), key=len, default=None)
+    if base is None:
+        return ""
+    return (
+        f"{base} exists, but {name[len(base) :]!r} behind it is not a length, "
+        "expected _<N>epochs and then _<N>iters, both optional, N from 1"
+    )
 
 
 def check_device() -> Iterator[Check]:
