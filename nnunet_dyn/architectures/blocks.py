@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torchvision.ops import StochasticDepth
 
+from nnunet_dyn.architectures.depthwise import depthwise_op
+
 SpatialSize = int | Sequence[int]
 
 
@@ -182,7 +184,9 @@ class MBConv(_ResidualBlock):
         branch: dict[str, nn.Module] = {}
         if expansion != 1:
             branch["expand"] = ConvNormAct(conv_op, input_channels, expanded, 1, 1, *norm)
-        branch["depthwise"] = ConvNormAct(conv_op, expanded, expanded, kernel_size, stride, *norm, groups=expanded)
+        branch["depthwise"] = ConvNormAct(
+            depthwise_op(conv_op), expanded, expanded, kernel_size, stride, *norm, groups=expanded
+        )
         branch["squeeze_excite"] = SqueezeExcite(conv_op, expanded, squeezed_channels)
         branch["project"] = ConvNormAct(conv_op, expanded, output_channels, 1, 1, *norm, activation=False)
         super().__init__(branch, _keeps_shape(stride, input_channels, output_channels), drop_path_rate)

@@ -1,0 +1,139 @@
+"""Counting parameters and operations of a network, in stated units.
+
+Unit: multiply-accumulates (MACs) for convolutions, transposed convolutions and matrix products, plus the
+normalisations in fvcore's convention (5 per element for statistics, scaling and affine, 4 without the affine part;
+batch normalisation with stored statistics 2 and 1). Martinho's Table 1 and most papers of the field print this number
+as "FLOPs". Activations, pooling, gating, additions and concatenations are not counted; :class:`OperationCount` lists
+every operator that ran and was left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+# These only describe or move data.
+_FREE = {
+    "aten::view", "aten::_unsafe_view", "aten::reshape", "aten::expand", "aten::detach", "aten::alias", "aten::clone",
+    "aten::copy_", "aten::_to_copy", "aten::empty", "aten::empty_strided", "aten::empty_like", "aten::permute",
+    "aten::transpose", "aten::t", "aten::slice", "aten::select", "aten::squeeze", "aten::unsqueeze", "aten::repeat",
+    "aten::split", "aten::cat", "aten::_reshape_alias",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OperationCount:
+    """What one forward pass costs.
+
+    Attributes:
+        total: operations in the unit of this module, for the whole batch.
+        by_module: the same for every submodule, by its dotted name.
+        not_counted: how often each operator ran that the convention leaves out.
+    """
+
+    total: int
+    by_module: dict[str, int]
+    not_counted: dict[str, int]
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameter elements; buffers are not parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_operations(network: nn.Module, input_shape: Sequence[int]) -> OperationCount:
+    """Count one forward pass of ``network`` on an input of ``input_shape``, ``(B, C, *spatial)``.
+
+    Nothing is computed: the network runs on the meta device and comes back where it was. For a network whose path
+    depends on the data this counts the path that a meta tensor can take, or raises what PyTorch raises.
+    """
+    devices = {parameter.device for parameter in network.parameters()}
+    if devices == {torch.device("meta")}:
+        return _count(network, input_shape)
+    # Swapping tensors in leaves the caller's parameters (and an optimiser's references to them) untouched.
+    state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    meta = {name: tensor.to("meta") for name, tensor in state.items()}
+    with nn.utils.stateless._reparametrize_module(network, meta):
+        return _count(network, input_shape)
+
+
+def _count(network: nn.Module, input_shape: Sequence[int]) -> OperationCount:
+    counter = _Counter()
+    handles = []
+    for name, module in network.named_modules():
+        handles.append(module.register_forward_pre_hook(partial(counter.enter, name)))
+        handles.append(module.register_forward_hook(counter.leave, always_call=True))
+    try:
+        with torch.no_grad(), counter:
+            network(torch.empty(tuple(input_shape), device="meta"))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return OperationCount(counter.by_module[""], dict(counter.by_module), dict(counter.not_counted))
+
+
+def _convolution(args, out) -> int:
+    x, weight, transposed = args[0], args[1], args[6]
+    positions = x if transposed else out
+    return positions.numel() * prod(weight.shape[1:])
+
+
+def _matrix_product(left, right) -> int:
+    return left.numel() * right.shape[-1]
+
+
+def _normalisation(x, weight, uses_own_statistics: bool = True) -> int:
+    return x.numel() * ((4 if uses_own_statistics else 1) + (weight is not None))
+
+
+# Operator → operations from its arguments and its result.
+_FORMULAS = {
+    aten.convolution: _convolution,
+    aten.mm: lambda args, out: _matrix_product(args[0], args[1]),
+    aten.bmm: lambda args, out: _matrix_product(args[0], args[1]),
+    aten.addmm: lambda args, out: _matrix_product(args[1], args[2]),
+    aten.baddbmm: lambda args, out: _matrix_product(args[1], args[2]),
+    aten.native_group_norm: lambda args, out: _normalisation(args[0], args[1]),
+    aten.native_layer_norm: lambda args, out: _normalisation(args[0], args[2]),
+    aten.native_batch_norm: lambda args, out: _normalisation(args[0], args[1], args[5]),
+    aten._native_batch_norm_legit: lambda args, out: _normalisation(
+        args[0], args[1], next(arg for arg in args[3:] if isinstance(arg, bool))
+    ),
+    aten._native_batch_norm_legit_no_training: lambda args, out: _normalisation(args[0], args[1], False),
+}
+
+
+class _Counter(TorchDispatchMode):
+    """Sees every operator that runs, whoever calls it, and books it on the modules that are running."""
+
+    def __init__(self):
+        super().__init__()
+        self.open_modules: list[str] = []
+        self.by_module: Counter[str] = Counter()
+        self.not_counted: Counter[str] = Counter()
+
+    def enter(self, name: str, module: nn.Module, args: tuple) -> None:
+        self.open_modules.append(name)
+
+    def leave(self, module: nn.Module, args: tuple, output: object) -> None:
+        self.open_modules.pop()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        formula = _FORMULAS.get(func.overloadpacket)
+        if formula is not None:
+            operations = formula(args, out)
+            for name in self.open_modules:
+                self.by_module[name] += operations
+        elif func.overloadpacket._qualified_op_name not in _FREE:
+            self.not_counted[func.overloadpacket._qualified_op_name] += 1
+        return out
