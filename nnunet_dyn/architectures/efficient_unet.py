@@ -32,6 +32,10 @@ DecoderKind = Literal["plain", "fully_efficient"]
 DECODER_EXPANSION = 6
 DECODER_SQUEEZE = 0.25
 
+#: What a residual branch contributes at the start, relative to its input. With 1, every block adds its share to the
+#: map it passes on, and b7's skips start up to 15 standard deviations wide (docs/efficient_unet.md).
+RESIDUAL_SCALE = 0.2
+
 
 class EfficientDecoder(nn.Module):
     """Decoder whose width is the plan's, whatever the width of the skips (DNA's takes the skip's).
@@ -168,9 +172,11 @@ class _UNet(nn.Module):
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """He initialisation as in nnU-Net (``network.apply(network.initialize)``)."""
+        """He initialisation as in nnU-Net (``network.apply(network.initialize)``), with small residual branches."""
         InitWeights_He(1e-2)(module)
         init_last_bn_before_add_to_0(module)
+        if isinstance(module, (MBConv, FusedMBConv)) and module.has_shortcut:
+            nn.init.constant_(module.project.norm.weight, RESIDUAL_SCALE)
 
 
 class EfficientUNet(_UNet):

@@ -244,19 +244,18 @@ class EfficientNetEncoder(nn.Module):
         self.conv_op = conv_op
         self.kernel_sizes = per_stage(kernel_sizes, n_stages, conv_op, "kernel_sizes")
         self.strides = per_stage(strides, n_stages, conv_op, "strides")
-        self.drop_path_rate = drop_path_rate
         self._norm = (fast_norm_op(norm_op), norm_op_kwargs or {})
 
         stem_kernel = self._kernel(3, self.kernel_sizes[0])
         stem = ConvNormAct(
             conv_op, input_channels, self.variant.stem_channels, stem_kernel, self.strides[0], *self._norm
         )
-        resolutions = blocks_per_resolution(self.variant, n_stages, deep_groups)
-        n_blocks = sum(len(blocks) for blocks in resolutions)
+        self.blocks = blocks_per_resolution(self.variant, n_stages, deep_groups)
+        n_blocks = sum(len(blocks) for blocks in self.blocks)
         self.stages = nn.ModuleList([nn.Sequential(stem)])
         self.output_channels = [self.variant.stem_channels]
         built = 0
-        for blocks, kernel, stride in zip(resolutions[1:], self.kernel_sizes[1:], self.strides[1:], strict=True):
+        for blocks, kernel, stride in zip(self.blocks[1:], self.kernel_sizes[1:], self.strides[1:], strict=True):
             modules = []
             for block in blocks:
                 modules.append(self._build(block, kernel, stride, drop_path_rate * built / n_blocks))

@@ -17,6 +17,9 @@ _EFFICIENT = tuple(
 ) + ("nnUNetTrainerFullyEffGeneric",)
 FAMILIES: dict[str, tuple[str, ...]] = {"nnunet_dyn.trainers.efficient_unet": _EFFICIENT}
 
+# nnU-Net's own trainer gets lengths too, so that a baseline can be trained exactly as long.
+_STOCK = "nnUNetTrainer"
+
 _FAMILY_OF = {name: module for module, names in FAMILIES.items() for name in names}
 _LENGTH = re.compile(r"(?P<base>.+?)(?:_(?P<epochs>[1-9]\d*)epochs)?(?:_(?P<iterations>[1-9]\d*)iters)?")
 _classes: dict[str, type] = {}
@@ -51,16 +54,16 @@ def resolve(name: str) -> type:
     if name not in _classes:
         match = _LENGTH.fullmatch(name)
         base = match["base"] if match else name
-        if base not in _FAMILY_OF:
+        if base not in _FAMILY_OF and (base != _STOCK or name == base):
             raise AttributeError(f"nnunet_dyn has no trainer {name!r}")
         if name == base:
-            members = importlib.import_module(_FAMILY_OF[base]).make_trainer(base)
-            _classes[name] = _named(name, *members)
+            parent, members = importlib.import_module(_FAMILY_OF[base]).make_trainer(base)
         else:
-            length = {
+            parent = importlib.import_module("nnunet_dyn.trainers.base").DynTrainer if base == _STOCK else resolve(base)
+            members = {
                 f"planned_{unit}": int(match[unit]) for unit in ("epochs", "iterations") if match[unit] is not None
             }
-            _classes[name] = _named(name, resolve(base), length)
+        _classes[name] = _named(name, parent, members)
     return _classes[name]
 
 
