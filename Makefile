@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint install clean
 .DEFAULT_GOAL := test
+# A half-made environment must not pass for a finished one.
+.DELETE_ON_ERROR:
 
 demo: install
 	$(BIN)/nnunet_dyn demo
