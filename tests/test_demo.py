@@ -5,7 +5,11 @@ import hashlib
 import io
 import json
 import math
+import os
+import signal
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +31,18 @@ def parse(*argv):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     return parser.parse_args([str(argument) for argument in argv])
+
+
+def _running(pid):
+    # A killed process whose parent has gone may stay in the table until init collects it.
+    stat = Path(f"/proc/{pid}/stat")
+    if Path("/proc/self").exists():
+        return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def digest(folder):
@@ -175,6 +191,28 @@ def test_a_failed_command_names_the_step_the_log_and_the_last_lines(tmp_path, mo
     with pytest.raises(JobError, match=r"'train something' failed.*status 3.*nnUNetv2_train\.log.*out of luck"):
         runs.command("nnUNetv2_train", ["-c", "print('out of luck'); raise SystemExit(3)"])
     assert "out of luck" in (tmp_path / "nnUNetv2_train.log").read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups here")
+def test_a_request_to_terminate_ends_the_command_and_its_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "find_command", lambda name: sys.executable)
+    program = "import subprocess, sys; w = subprocess.Popen(['sleep', '60']); print(w.pid, flush=True); w.wait()"
+    runs = steps.Steps(1, tmp_path, os.environ, io.StringIO())
+    runs.begin("train")
+    worker = []
+
+    def terminate(line):
+        worker.append(int(line))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), steps.interruptible():
+        runs.command("nnUNetv2_train", ["-c", program], terminate)
+    assert signal.getsignal(signal.SIGTERM) == before
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and _running(worker[0]):
+        time.sleep(0.05)
+    assert not _running(worker[0])
 
 
 def test_a_failed_run_says_so_and_can_be_overwritten(tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ def check_size(size: Sequence[int]) -> None:
 
 
 def generate_case(
-    seed: int, index: int, size: Sequence[int] = (56, 80, 80), channels: int = 1, tumour: bool = True
+    seed: int, index: int, size: Sequence[int] = (48, 72, 72), channels: int = 1, tumour: bool = True
 ) -> Case:
     """One synthetic patient, the same for the same arguments and independent of every other index.
 
@@ -177,7 +177,7 @@ def generate_dataset(
     n_train: int = 10,
     n_test: int = 3,
     seed: int = 0,
-    size: Sequence[int] = (56, 80, 80),
+    size: Sequence[int] = (48, 72, 72),
     channels: int = 1,
     dataset_id: int = 999,
     name: str = "SyntheticCT",

@@ -22,17 +22,17 @@ from nnunet_dyn.demo.results import (
     write_json,
     write_table,
 )
-from nnunet_dyn.demo.steps import Steps, minutes
+from nnunet_dyn.demo.steps import Steps, interruptible, minutes
 from nnunet_dyn.errors import UsageError
 
 DEFAULT_OUTPUT = "demo_output"
 DEFAULT_TRAINER = "nnUNetTrainerEffV2S"
-DEFAULT_EPOCHS = 12
+DEFAULT_EPOCHS = 10
 DEFAULT_ITERATIONS = 25
-DEFAULT_SIZE = (56, 80, 80)
+DEFAULT_SIZE = (48, 72, 72)
 # Gigabytes that nnU-Net's planner may plan for. Its default of 8 takes the whole volume as a patch, which costs
 # several times the minutes on a CPU.
-MEMORY_TARGET = 0.7
+MEMORY_TARGET = 0.25
 # nnU-Net's cross-validation makes five folds.
 MINIMUM_TRAINING_CASES = 5
 # Marks a folder as the demo's, so that --overwrite never deletes anything else.
@@ -141,7 +141,8 @@ def run(args: argparse.Namespace) -> int:
     }
     write_json(layout.record, {"status": "running", **settings})
     try:
-        steps, dice = _run_steps(args, trainer, layout, settings)
+        with interruptible():
+            steps, dice = _run_steps(args, trainer, layout, settings)
     except BaseException:
         write_json(layout.record, {"status": "failed", **settings})
         raise

@@ -3,12 +3,14 @@
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -40,6 +42,34 @@ def find_command(name: str) -> str:
             "environment; install it with 'pip install nnunetv2'."
         )
     return found
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    """End a command and its workers."""
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let a request to terminate, or a closed terminal, unwind like Ctrl-C, so that no command outlives this one."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        names = []
+    before = {name: signal.signal(getattr(signal, name), stop) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
 
 
 class Steps:
@@ -100,6 +130,8 @@ class Steps:
                 text=True,
                 encoding="utf-8",
                 errors="replace",
+                # A group of its own, so that nnU-Net's workers can be ended together with it.
+                start_new_session=True,
             )
             try:
                 for line in self._lines(process):
@@ -110,10 +142,9 @@ class Steps:
                     if progress is not None:
                         self._show_if_new(progress(line))
                 status = process.wait()
-            finally:
-                if process.poll() is None:
-                    process.terminate()
-                    process.wait()
+            except BaseException:
+                _end_group(process)
+                raise
         if status != 0:
             raise JobError(
                 f"step '{self._title}' failed: {name} ended with exit status {status}. "
