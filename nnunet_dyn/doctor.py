@@ -189,7 +189,7 @@ def check_search(names: list[str]) -> Iterator[Check]:
             "Trainers",
             ERROR,
             f"cannot be imported: {type(error).__name__}: {error}",
-            f'pip install --upgrade --force-reinstall nnunet-dyn "{REQUIRED_NNUNET}" into this environment',
+            f'pip install "{REQUIRED_NNUNET}", then install nnunet_dyn again from where you got it',
         )
         return
     available = trainers.trainer_names()
