@@ -7,11 +7,18 @@ the mirrored kernel, and that one is fast.
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
+
+# Up to this many voxels a map, the weight gradient is faster as one product and sum per kernel position than in
+# oneDNN: 2 to 10 times for the wide, small maps of the last stages.
+_SMALL_MAP = 256
 
 
 class _DepthwiseFunction(torch.autograd.Function):
@@ -36,12 +43,31 @@ class _DepthwiseFunction(torch.autograd.Function):
             mirrored = weight.flip(tuple(range(2, weight.ndim)))
             grad_x = _conv(spread, mirrored, (1,) * len(ctx.stride), ctx.padding)
         if ctx.needs_input_grad[1]:
-            no_dilation, no_output_padding = (1,) * len(ctx.stride), (0,) * len(ctx.stride)
-            grad_weight = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, ctx.stride, ctx.padding, no_dilation, False, no_output_padding,
-                x.shape[1], (False, True, False),
-            )[1]  # fmt: skip
+            small = math.prod(grad.shape[2:]) <= _SMALL_MAP
+            weight_gradient = _weight_gradient_by_offset if small else _weight_gradient
+            grad_weight = weight_gradient(x, grad, weight, ctx.stride, ctx.padding)
         return grad_x, grad_weight, None, None
+
+
+def _weight_gradient(x, grad, weight, stride, padding):
+    no_dilation, no_output_padding = (1,) * len(stride), (0,) * len(stride)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, no_dilation, False, no_output_padding, x.shape[1], (False, True, False)
+    )[1]
+
+
+def _weight_gradient_by_offset(x, grad, weight, stride, padding):
+    """One product and sum per kernel position."""
+    padded = F.pad(x, [p for axis in reversed(padding) for p in (axis, axis)])
+    summed = (0, *range(2, x.ndim))
+    positions = []
+    for offset in itertools.product(*(range(size) for size in weight.shape[2:])):
+        window = tuple(
+            slice(start, start + step * (size - 1) + 1, step)
+            for start, step, size in zip(offset, stride, grad.shape[2:], strict=True)
+        )
+        positions.append((padded[(..., *window)] * grad).sum(summed))
+    return torch.stack(positions, 1).view_as(weight)
 
 
 def _conv(x, weight, stride, padding):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nnunet_dyn.architectures import blocks
+from nnunet_dyn.architectures import blocks, depthwise
 from nnunet_dyn.architectures.blocks import FusedMBConv, MBConv, SqueezeExcite, fast_norm_op, to_fast_layout
 from nnunet_dyn.architectures.depthwise import depthwise_op
 
@@ -35,7 +35,9 @@ def test_other_norms_stay():
 @pytest.mark.parametrize("stride", [1, 2, (1, 2, 2)])
 @pytest.mark.parametrize("size", [(8, 8, 8), (9, 8, 7)])
 @pytest.mark.parametrize("dimension", [2, 3])
-def test_depthwise_gradients_equal_torch(dimension, kernel, stride, size):
+@pytest.mark.parametrize("small_map", [0, 10**6])
+def test_depthwise_gradients_equal_torch(dimension, kernel, stride, size, small_map, monkeypatch):
+    monkeypatch.setattr(depthwise, "_SMALL_MAP", small_map)
     kernel, stride = (v if isinstance(v, int) else v[-dimension:] for v in (kernel, stride))
     padding = kernel // 2 if isinstance(kernel, int) else tuple(k // 2 for k in kernel)
     arguments = dict(kernel_size=kernel, stride=stride, padding=padding, groups=6, bias=False)
