@@ -146,8 +146,10 @@ class Steps:
                 _end_group(process)
                 raise
         if status != 0:
+            # A negative status is the number of a signal.
+            how = "was killed, perhaps for want of memory." if status == -9 else f"ended with exit status {status}."
             raise JobError(
-                f"step '{self._title}' failed: {name} ended with exit status {status}. "
+                f"step '{self._title}' failed: {name} {how} "
                 f"Its output is in {log_file}; the last lines are: {' | '.join(last) or 'none'}"
             )
 
