@@ -98,7 +98,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    result = {"features_per_stage": args.features, "torch": torch.__version__, "machine": platform.processor(), "runs": []}
+    result = {
+        "features_per_stage": args.features,
+        "torch": torch.__version__,
+        "machine": platform.processor(),
+        "runs": [],
+    }
     if args.output.exists():
         result = json.loads(args.output.read_text())
     done = {(run["trainer"], run["seed"], run["iterations"]) for run in result["runs"]}

@@ -9,7 +9,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunet_dyn.architectures.efficient_unet import EfficientUNet, GenericUNet
-from nnunet_dyn.architectures.efficientnet import VARIANTS
+from nnunet_dyn.architectures.efficientnet import VARIANTS, EfficientNetEncoder
 
 NETWORKS = [
     *(f"{decoder}EfficientUNet-{variant}" for decoder in ("", "Fully") for variant in VARIANTS),
@@ -42,7 +42,12 @@ def build(name: str, input_channels=1, num_classes=4, deep_supervision=True, opt
     if name.endswith("GenericUNet"):
         decoder = "plain" if name == "GenericUNet" else "fully_efficient"
         network = GenericUNet(
-            input_channels, num_classes, n_conv_per_stage=2, decoder=decoder, deep_supervision=deep_supervision, **kwargs
+            input_channels,
+            num_classes,
+            n_conv_per_stage=2,
+            decoder=decoder,
+            deep_supervision=deep_supervision,
+            **kwargs,
         )
     else:
         decoder = "fully_efficient" if name.startswith("Fully") else "plain"
@@ -97,3 +102,11 @@ def plans_manager(dimension=3, patch_size=None, batch_size=2, **plan) -> PlansMa
             }
         )
     )
+
+
+def encoder(variant="b0", input_channels=1, options=None, **plan) -> EfficientNetEncoder:
+    """An encoder for the plan that ``arch_kwargs(**plan)`` gives, in evaluation mode."""
+    kwargs = arch_kwargs(**plan)
+    keys = ("n_stages", "conv_op", "kernel_sizes", "strides", "norm_op", "norm_op_kwargs")
+    arguments = {key: kwargs[key] for key in keys} | (options or {})
+    return EfficientNetEncoder(input_channels, variant, **arguments).eval()

@@ -24,6 +24,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from nnunet_dyn.architectures.blocks import FusedMBConv, MBConv, fast_norm_op, strided_size, to_fast_layout
 from nnunet_dyn.architectures.efficientnet import BATCH_NORM_KWARGS, DeepGroups, EfficientNetEncoder, per_stage
+from nnunet_dyn.architectures.imagenet import load_imagenet
 
 DecoderKind = Literal["plain", "fully_efficient"]
 
@@ -173,6 +174,8 @@ class _UNet(nn.Module):
     @staticmethod
     def initialize(module: nn.Module) -> None:
         """He initialisation as in nnU-Net (``network.apply(network.initialize)``), with small residual branches."""
+        if getattr(module, "keeps_weights", False):
+            return
         InitWeights_He(1e-2)(module)
         init_last_bn_before_add_to_0(module)
         if isinstance(module, (MBConv, FusedMBConv)) and module.has_shortcut:
@@ -192,9 +195,13 @@ class EfficientUNet(_UNet):
             paper does (BatchNorm, eps 1e-3, momentum 0.01).
         deep_groups: see :data:`nnunet_dyn.architectures.efficientnet.DeepGroups`.
         drop_path_rate: stochastic depth of the encoder's last block; 0 turns it off. The originals use 0.2.
+        pretrained: start the encoder from timm's ImageNet weights, which are fetched if need be; ``initialize``
+            then leaves the encoder alone. For training runs use the trainers that end in ``_ImageNet``: a plans file
+            with ``pretrained`` would fetch the weights for every prediction too.
 
     Raises:
         ValueError: unknown variant, decoder or norm, or per-stage lists of the wrong length.
+        JobError: the ImageNet weights cannot be had.
     """
 
     def __init__(
@@ -220,6 +227,7 @@ class EfficientUNet(_UNet):
         mbconv_norm: Literal["plan", "batch"] = "plan",
         deep_groups: DeepGroups = "merge",
         drop_path_rate: float = 0.0,
+        pretrained: bool = False,
     ):
         super().__init__()
         norm = _mbconv_norm(mbconv_norm, conv_op, norm_op, norm_op_kwargs)
@@ -249,6 +257,10 @@ class EfficientUNet(_UNet):
             ),
             norm,
         )
+        if pretrained:
+            load_imagenet(self.encoder)
+            for module in self.encoder.modules():
+                module.keeps_weights = True
 
 
 class GenericUNet(_UNet):

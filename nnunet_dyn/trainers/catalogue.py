@@ -9,12 +9,15 @@ import re
 # Family module → the base names it makes. The names are data so that listing them needs no torch.
 _B_NETS = tuple(f"B{index}" for index in range(8))
 _V2_NETS = ("V2S", "V2M", "V2L")
-_EFFICIENT = tuple(
-    f"nnUNetTrainer{decoder}{encoder}{weights}"
-    for decoder in ("Eff", "FullyEff")
-    for encoder in _B_NETS + _V2_NETS
-    for weights in ("", "_ImageNet")
-) + ("nnUNetTrainerFullyEffGeneric",)
+_EFFICIENT = (
+    *(
+        f"nnUNetTrainer{decoder}{encoder}{weights}"
+        for decoder in ("Eff", "FullyEff")
+        for encoder in _B_NETS + _V2_NETS
+        for weights in ("", "_ImageNet")
+    ),
+    "nnUNetTrainerFullyEffGeneric",
+)
 FAMILIES: dict[str, tuple[str, ...]] = {"nnunet_dyn.trainers.efficient_unet": _EFFICIENT}
 
 # nnU-Net's own trainer gets lengths too, so that a baseline can be trained exactly as long.

@@ -56,9 +56,7 @@ def test_one_row_of_the_paper_repeats_another():
     """FullyEfficientUNet-b4 is printed with EfficientUNet-b4's cells; every other cell agrees with the networks."""
     printed = ("paper_flops_net", "paper_flops_dec", "paper_params_net", "paper_params_dec")
     rows = {row["name"]: row for row in TABLE}
-    assert [rows["FullyEfficientUNet-b4"][key] for key in printed] == [
-        rows["EfficientUNet-b4"][key] for key in printed
-    ]
+    assert [rows["FullyEfficientUNet-b4"][key] for key in printed] == [rows["EfficientUNet-b4"][key] for key in printed]
     own = build("FullyEfficientUNet-b4")
     assert count_parameters(own.decoder.stages) == 8081156 != count_parameters(build("EfficientUNet-b4").decoder.stages)
 

@@ -164,7 +164,7 @@ def test_memory_estimate_is_the_size_of_the_convolutions_outputs():
         network = build(name, **SMALL)
         written = []
         handles = [
-            m.register_forward_hook(lambda module, args, out: written.append(out.numel()))
+            m.register_forward_hook(lambda module, args, out, sizes=written: sizes.append(out.numel()))
             for part, m in network.named_modules()
             if isinstance(m, (nn.Conv3d, nn.ConvTranspose3d)) and "squeeze_excite" not in part
         ]

@@ -1,0 +1,115 @@
+"""nnU-Net's own commands, from planning to a model that another machine can install, with this package's trainers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import SimpleITK as sitk
+
+from nnunet_dyn.demo import generate_dataset
+
+TRAINER = "nnUNetTrainerEffV2S_2epochs_2iters"
+DATASET = "Dataset999_SyntheticCT"
+
+
+class Workspace:
+    """nnU-Net's three folders and its commands."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.environment = {**os.environ, "nnUNet_n_proc_DA": "1", "OMP_NUM_THREADS": "2"}
+        for kind in ("raw", "preprocessed", "results"):
+            (folder / kind).mkdir()
+            self.environment[f"nnUNet_{kind}"] = str(folder / kind)
+
+    def run(self, command: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+        program = Path(sys.executable).with_name(command)
+        if not program.exists():
+            pytest.skip(f"{command} is not installed beside {sys.executable}")
+        done = subprocess.run(
+            [program, *map(str, arguments)], env=self.environment, capture_output=True, text=True, timeout=900
+        )
+        assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done
+
+    def model(self, configuration: str, trainer: str = TRAINER) -> Path:
+        return self.folder / "results" / DATASET / f"{trainer}__nnUNetPlans__{configuration}"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Workspace:
+    space = Workspace(tmp_path_factory.mktemp("nnunet"))
+    raw = generate_dataset(space.folder / "raw", n_train=4, n_test=1, size=(24, 32, 32))
+    space.raw = raw
+    space.run("nnUNetv2_plan_and_preprocess", "-d", 999, "-c", "2d", "3d_fullres", "-np", 1, "-npfp", 1)
+    splits = space.folder / "preprocessed" / DATASET / "splits_final.json"
+    names = sorted(path.name[: -len(".nii.gz")] for path in (raw / "labelsTr").iterdir())
+    splits.write_text(json.dumps([{"train": names[:3], "val": names[3:]}, {"train": names[1:], "val": names[:1]}]))
+    return space
+
+
+@pytest.fixture(scope="module")
+def trained(workspace) -> Workspace:
+    for configuration, trainer in (("3d_fullres", TRAINER), ("2d", "nnUNetTrainerFullyEffB0_1epochs_2iters")):
+        workspace.run("nnUNetv2_train", 999, configuration, 0, "-tr", trainer, "-device", "cpu", "--npz")
+    return workspace
+
+
+def test_training_leaves_an_ordinary_model(trained):
+    model = trained.model("3d_fullres")
+    assert {path.name for path in model.iterdir()} >= {"plans.json", "dataset.json", "fold_0"}
+    fold = model / "fold_0"
+    assert (fold / "checkpoint_final.pth").exists() and (fold / "progress.png").exists()
+    summary = json.loads((fold / "validation" / "summary.json").read_text())
+    assert set(summary["mean"]) == {"1", "2", "3"}
+    assert (trained.model("2d", "nnUNetTrainerFullyEffB0_1epochs_2iters") / "fold_0" / "checkpoint_final.pth").exists()
+
+
+def test_predict_and_evaluate(trained, tmp_path):
+    images, labels = trained.raw / "imagesTs", trained.raw / "labelsTs"
+    trained.run("nnUNetv2_predict", "-d", 999, "-i", images, "-o", tmp_path, "-c", "3d_fullres", "-f", 0,
+                "-tr", TRAINER, "-device", "cpu", "-npp", 1, "-nps", 1, "--disable_tta")  # fmt: skip
+    predicted = sorted(path.name for path in tmp_path.glob("*.nii.gz"))
+    assert predicted == sorted(path.name for path in labels.iterdir())
+    size = [sitk.ReadImage(str(folder / predicted[0])).GetSize() for folder in (tmp_path, labels)]
+    assert size[0] == size[1]
+    trained.run("nnUNetv2_evaluate_folder", labels, tmp_path, "-djfile", trained.raw / "dataset.json",
+                "-pfile", tmp_path / "plans.json", "-np", 1)  # fmt: skip
+    assert set(json.loads((tmp_path / "summary.json").read_text())["mean"]) == {"1", "2", "3"}
+
+
+def test_resuming_continues_a_run_by_name_alone(workspace):
+    """A run that was cut off after its checkpoint goes on to its end."""
+    trainer = "nnUNetTrainerEffB0_2epochs_1iters"
+    arguments = (999, "3d_fullres", 0, "-tr", trainer, "-device", "cpu")
+    workspace.run("nnUNetv2_train", *arguments)
+    fold = workspace.model("3d_fullres", trainer) / "fold_0"
+    (fold / "checkpoint_final.pth").rename(fold / "checkpoint_latest.pth")
+    again = workspace.run("nnUNetv2_train", *arguments, "--c")
+    assert "Training done." in again.stdout
+    assert (fold / "checkpoint_final.pth").exists()
+
+
+def test_find_best_configuration_and_move_the_model(trained, tmp_path):
+    trained.run("nnUNetv2_find_best_configuration", 999, "-c", "3d_fullres", "-tr", TRAINER, "-f", 0, "-np", 1)
+    best = json.loads((trained.folder / "results" / DATASET / "inference_information.json").read_text())
+    assert best["best_model_or_ensemble"]["selected_model_or_models"][0]["trainer"] == TRAINER
+    archive = tmp_path / "model.zip"
+    trained.run("nnUNetv2_export_model_to_zip", "-d", 999, "-o", archive, "-c", "3d_fullres", "-tr", TRAINER, "-f", 0)
+    elsewhere = tmp_path / "results"
+    elsewhere.mkdir()
+    here, trained.environment["nnUNet_results"] = trained.environment["nnUNet_results"], str(elsewhere)
+    try:
+        trained.run("nnUNetv2_install_pretrained_model_from_zip", archive)
+    finally:
+        trained.environment["nnUNet_results"] = here
+    assert (elsewhere / DATASET / trained.model("3d_fullres").name / "fold_0" / "checkpoint_final.pth").exists()
+
+
+def test_an_unknown_name_gets_a_hint(workspace):
+    done = workspace.run("nnUNetv2_train", 999, "3d_fullres", 0, "-tr", "nnUNetTrainerEffV2X", check=False)
+    assert done.returncode != 0
+    assert "nnunet_dyn: no trainer is called nnUNetTrainerEffV2X. Did you mean nnUNetTrainerEffV2S" in done.stderr
