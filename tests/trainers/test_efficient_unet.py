@@ -110,9 +110,8 @@ def prepared(tmp_path, monkeypatch):
             image = segmentation + rng.normal(0, 0.1, (channels, 20, 20, 20))
             locations = DefaultPreprocessor._sample_foreground_locations(segmentation, sampled)
             image = image.astype(np.float32)
-            chunks = [
-                nnUNetDatasetBlosc2.comp_blosc2_params(a.shape, (16,) * 3, a.itemsize) for a in (image, segmentation)
-            ]
+            blocks, chunks = comp_blosc2_params(image.shape, (16,) * 3, image.itemsize)
+            seg_blocks, seg_chunks = comp_blosc2_params(segmentation.shape, (16,) * 3, segmentation.itemsize)
             nnUNetDatasetBlosc2.save_case(
                 image,
                 segmentation,
