@@ -131,8 +131,8 @@ def generate_case(
         radii = np.asarray((38, 19, 21)) * scale * rng.uniform(0.9, 1.1, 3)
         small = np.maximum(small, anatomy.ellipsoid(centre, radii, deform=0.05, wavelength=50))
     # Drawn in any case, so that a case with a tumour differs from the one without in nothing else.
-    tumour_centre = large_centre + large_radii * rng.uniform(-0.4, 0.4, 3)
-    tumour_radii = rng.uniform(17, 25, 3) * scale
+    tumour_centre = large_centre + large_radii * rng.uniform(-0.3, 0.3, 3)
+    tumour_radii = rng.uniform(21, 31, 3) * scale
     lesion = anatomy.ellipsoid(tumour_centre, tumour_radii, deform=0.07, wavelength=35)
     lesion = np.minimum(lesion, large) if tumour else np.zeros_like(large)
 
@@ -149,7 +149,7 @@ def generate_case(
         (bowel, BOWEL),
         (gas, AIR * 0.9),
         (large, 125 * contrast),
-        (lesion, 55 * contrast),
+        (lesion, 5 * contrast),
         (small, 205 * contrast),
     )
     image = np.stack([_render(anatomy, layers, channel) for channel in range(channels)])
