@@ -141,6 +141,7 @@ def generate_case(
     labels[small > 0.5] = SMALL_ORGAN
     labels[(lesion > 0.5) & (labels == LARGE_ORGAN)] = TUMOUR
 
+    # Every label has its own brightness, or a short training would not get as far as the tumour.
     contrast = rng.uniform(0.85, 1.15)
     layers = (
         (body, FAT),
@@ -149,8 +150,8 @@ def generate_case(
         (bowel, BOWEL),
         (gas, AIR * 0.9),
         (large, 125 * contrast),
-        (lesion, 5 * contrast),
-        (small, 205 * contrast),
+        (lesion, 270 * contrast),
+        (small, 185 * contrast),
     )
     image = np.stack([_render(anatomy, layers, channel) for channel in range(channels)])
     return Case(np.clip(np.rint(image), -1024, 3071).astype(np.int16), labels, tuple(float(s) for s in spacing))

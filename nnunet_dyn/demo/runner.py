@@ -28,7 +28,7 @@ from nnunet_dyn.errors import UsageError
 DEFAULT_OUTPUT = "demo_output"
 # The cheapest iteration of the EfficientNet family on a CPU.
 DEFAULT_TRAINER = "nnUNetTrainerEffB0"
-DEFAULT_EPOCHS = 10
+DEFAULT_EPOCHS = 12
 DEFAULT_ITERATIONS = 25
 DEFAULT_SIZE = (48, 72, 72)
 # Gigabytes that nnU-Net's planner may plan for. Its default of 8 takes the whole volume as a patch, which costs
@@ -400,6 +400,7 @@ def _print_results(
 
 
 def _own_data(args: argparse.Namespace, trainer: str, layout: Layout) -> str:
+    dataset = next(layout.raw.iterdir())
     name = LENGTH_SUFFIX.sub("", trainer)
     device = f" -device {args.device}" if args.device != "cuda" else ""
     c = args.configuration
@@ -407,7 +408,8 @@ def _own_data(args: argparse.Namespace, trainer: str, layout: Layout) -> str:
     return f"""
 The same on your own data (1 is the number of your data set; {note}):
   export nnUNet_raw=/data/raw nnUNet_preprocessed=/data/preprocessed nnUNet_results=/data/results
-  # put imagesTr, labelsTr and dataset.json into $nnUNet_raw/Dataset001_Name; {layout.raw} is an example
+  # put imagesTr, labelsTr and dataset.json into $nnUNet_raw/Dataset001_Name, as in
+  # {dataset}
   nnUNetv2_plan_and_preprocess -d 1 -c {c} --verify_dataset_integrity
   nnUNetv2_train 1 {c} 0 -tr {name}{device}
   nnUNetv2_predict -i IMAGES -o PREDICTIONS -d 1 -c {c} -f 0 -tr {name}{device}
