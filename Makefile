@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 .DELETE_ON_ERROR:
 
 demo: install
-	$(BIN)/nnunet_dyn demo
+	$(BIN)/nnunet_dyn demo --overwrite
 
 test: install
 	$(BIN)/pytest $(PYTEST_ARGS)

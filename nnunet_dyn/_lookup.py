@@ -28,7 +28,7 @@ def find_trainer(name: str) -> type:
             if found is not None:
                 return found
             if close := trainers.suggest(name):
-                _say_once(f"no trainer is called {name}. Did you mean {' or '.join(close)}?")
+                _say_once(f"this package has no trainer called {name}. Did you mean {' or '.join(close)}?")
         except Exception as error:
             _say_once(
                 f"cannot look for {name}: importing the trainers failed with {type(error).__name__}: {error}. "

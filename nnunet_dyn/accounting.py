@@ -17,6 +17,7 @@ from math import prod
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -56,17 +57,8 @@ def count_operations(network: nn.Module, input_shape: Sequence[int]) -> Operatio
     Nothing is computed: the network runs on the meta device and comes back where it was. For a network whose path
     depends on the data this counts the path that a meta tensor can take, or raises what PyTorch raises.
     """
-    devices = {parameter.device for parameter in network.parameters()}
-    if devices == {torch.device("meta")}:
-        return _count(network, input_shape)
-    # Swapping tensors in leaves the caller's parameters (and an optimiser's references to them) untouched.
-    state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    meta = {name: tensor.to("meta") for name, tensor in state.items()}
-    with nn.utils.stateless._reparametrize_module(network, meta):
-        return _count(network, input_shape)
-
-
-def _count(network: nn.Module, input_shape: Sequence[int]) -> OperationCount:
+    # Meta tensors stand in for the call only: the caller's parameters, and an optimiser's references, stay untouched.
+    meta = {name: tensor.to("meta") for name, tensor in (*network.named_parameters(), *network.named_buffers())}
     counter = _Counter()
     handles = []
     for name, module in network.named_modules():
@@ -74,7 +66,7 @@ def _count(network: nn.Module, input_shape: Sequence[int]) -> OperationCount:
         handles.append(module.register_forward_hook(counter.leave, always_call=True))
     try:
         with torch.no_grad(), counter:
-            network(torch.empty(tuple(input_shape), device="meta"))
+            functional_call(network, meta, (torch.empty(tuple(input_shape), device="meta"),))
     finally:
         for handle in handles:
             handle.remove()

@@ -32,7 +32,7 @@ def adapt_arch_kwargs(network_class: type[nn.Module], planned: dict, overlay: di
     return {key: value for key, value in planned.items() if key in known} | overlay
 
 
-def check_patch_size(patch_size: Sequence[int], strides: Sequence[Sequence[int]], configuration: str) -> None:
+def check_patch_size(patch_size: Sequence[int], strides: Sequence[Sequence[int]], plans_name: str) -> None:
     """Check that every axis of the patch survives all strides.
 
     Raises:
@@ -42,6 +42,6 @@ def check_patch_size(patch_size: Sequence[int], strides: Sequence[Sequence[int]]
     if any(size % d for size, d in zip(patch_size, divisor, strict=True)):
         nearest = [max(d, round(size / d) * d) for size, d in zip(patch_size, divisor, strict=True)]
         raise ValueError(
-            f"{configuration}: got patch size {list(patch_size)}; expected every axis divisible by the product of "
+            f"{plans_name}: got patch size {list(patch_size)}; expected every axis divisible by the product of "
             f"the strides, {divisor}. Set patch_size to {nearest} in the plans, or plan again."
         )

@@ -33,16 +33,24 @@ def to_fast_layout(x: torch.Tensor) -> torch.Tensor:
 
 
 class _GroupNormPath:
-    """Instance normalisation computed by PyTorch's group normalisation on a CPU: same values, in any layout.
+    """Instance normalisation computed by PyTorch's group normalisation on a CPU.
 
     ``torch.nn.InstanceNorm*d`` copies a channels-last map to a contiguous one and runs batch normalisation on it;
-    group normalisation with one channel a group reads the map where it lies and is 1.5 to 15 times faster.
+    group normalisation with one channel a group reads the map where it lies.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu" or self.track_running_stats:
             return super().forward(x)
-        return F.group_norm(x, self.num_features, self.weight, self.bias, self.eps)
+        spatial = tuple(range(2, x.ndim))
+        if self.training and x.shape[2:].numel() == 1:
+            raise ValueError(
+                f"Instance normalisation got maps of one voxel in training ({tuple(x.shape)}); expected more. Use a "
+                "larger patch or fewer stages."
+            )
+        # In channels-last, group normalisation takes the variance as E[x²] - E[x]², which cancels where a channel's
+        # mean is large beside its spread. Centred maps have nothing to cancel.
+        return F.group_norm(x - x.mean(spatial, keepdim=True), self.num_features, self.weight, self.bias, self.eps)
 
 
 class InstanceNorm2d(_GroupNormPath, nn.InstanceNorm2d):
@@ -68,6 +76,7 @@ class SiLU(nn.Module):
 class ConvNormAct(nn.Module):
     """Convolution without bias, normalisation, and SiLU unless ``activation`` is false.
 
+    ``(B, input_channels, *spatial)`` → ``(B, output_channels, *spatial / stride)``.
     Padding is ``kernel // 2``, so the output has ``ceil(size / stride)`` voxels per axis.
     """
 
@@ -112,7 +121,10 @@ def strided_size(input_size: Sequence[int], stride: Sequence[int]) -> list[int]:
 
 
 class SqueezeExcite(nn.Module):
-    """Channel gate: global average pool, 1×1 to ``squeezed_channels``, SiLU, 1×1 back, sigmoid (Hu et al. 2018)."""
+    """Channel gate: global average pool, 1×1 to ``squeezed_channels``, SiLU, 1×1 back, sigmoid (Hu et al. 2018).
+
+    ``(B, C, *spatial)`` → the same shape. Without gradients the input is overwritten.
+    """
 
     def __init__(self, conv_op: type[_ConvNd], channels: int, squeezed_channels: int):
         super().__init__()
@@ -159,7 +171,8 @@ class _ResidualBlock(nn.Module):
 class MBConv(_ResidualBlock):
     """Inverted residual: 1×1 expansion, depthwise convolution, squeeze-and-excitation, 1×1 projection.
 
-    The expansion is left out when ``expansion`` is 1. The shortcut exists iff nothing changes the shape.
+    ``(B, input_channels, *spatial)`` → ``(B, output_channels, *spatial / stride)``. The expansion is left out when
+    ``expansion`` is 1. The shortcut exists iff nothing changes the shape.
 
     Args:
         squeezed_channels: width of the squeeze-and-excitation bottleneck.
@@ -195,6 +208,7 @@ class MBConv(_ResidualBlock):
 class FusedMBConv(_ResidualBlock):
     """MBConv whose expansion and depthwise convolution are one full convolution; no squeeze-and-excitation.
 
+    ``(B, input_channels, *spatial)`` → ``(B, output_channels, *spatial / stride)``.
     The 1×1 projection stays for ``expansion`` 1.
     """
 

@@ -48,9 +48,12 @@ class EfficientDecoder(nn.Module):
         skip_channels: channels of the encoder's outputs, the largest resolution first, bottleneck last.
         features_per_stage: the plan's widths, of which level ``s`` takes entry ``s``.
         kernel_sizes, strides: the plan's, per resolution and axis.
+        n_conv_per_stage: blocks per level, the deepest level first, as in the plans.
         kind: ``plain`` for nnU-Net's convolutions, ``fully_efficient`` for MBConv blocks in all levels but the one
             at full resolution (the paper does not say that this one stays plain; its counts do).
         deep_supervision: return the logits of every level, not only of the largest.
+        plain_block_kwargs: what DNA's ``StackedConvBlocks`` takes besides shapes.
+        mbconv_norm: class and arguments of the MBConv blocks' normalisation.
     """
 
     def __init__(
@@ -178,15 +181,16 @@ class _UNet(nn.Module):
             return
         InitWeights_He(1e-2)(module)
         init_last_bn_before_add_to_0(module)
-        if isinstance(module, (MBConv, FusedMBConv)) and module.has_shortcut:
+        if isinstance(module, (MBConv, FusedMBConv)) and module.has_shortcut and module.project.norm.affine:
             nn.init.constant_(module.project.norm.weight, RESIDUAL_SCALE)
 
 
 class EfficientUNet(_UNet):
     """EfficientNet encoder with nnU-Net's decoder (``decoder="plain"``) or the FullyEfficient one.
 
-    Takes the architecture arguments of nnU-Net's plans; ``features_per_stage`` gives the decoder's widths (the
-    encoder's come from the variant).
+    Takes the architecture arguments of nnU-Net's plans except the encoder's ``n_conv_per_stage`` or
+    ``n_blocks_per_stage``; ``features_per_stage`` gives the decoder's widths (the encoder's come from the variant).
+    ``nonlin`` and ``dropout_op`` reach the plain convolutions; MBConv blocks have SiLU and no dropout.
 
     Args:
         encoder: a key of :data:`nnunet_dyn.architectures.efficientnet.VARIANTS`.
@@ -194,7 +198,7 @@ class EfficientUNet(_UNet):
         mbconv_norm: ``plan`` normalises the EfficientNet blocks as the plans say (InstanceNorm), ``batch`` as the
             paper does (BatchNorm, eps 1e-3, momentum 0.01).
         deep_groups: see :data:`nnunet_dyn.architectures.efficientnet.DeepGroups`.
-        drop_path_rate: stochastic depth of the encoder's last block; 0 turns it off. The originals use 0.2.
+        drop_path_rate: stochastic depth of the encoder, see there; 0 turns it off. The originals use 0.2.
         pretrained: start the encoder from timm's ImageNet weights, which are fetched if need be; ``initialize``
             then leaves the encoder alone. For training runs use the trainers that end in ``_ImageNet``: a plans file
             with ``pretrained`` would fetch the weights for every prediction too.
@@ -258,6 +262,7 @@ class EfficientUNet(_UNet):
             norm,
         )
         if pretrained:
+            self.encoder.apply(self.initialize)
             load_imagenet(self.encoder)
             for module in self.encoder.modules():
                 module.keeps_weights = True
@@ -356,7 +361,7 @@ def _mbconv_norm(choice: str, conv_op, norm_op, norm_op_kwargs) -> tuple[type[nn
         raise ValueError(f"mbconv_norm got {choice!r}; expected 'plan' or 'batch'.")
     if norm_op is None:
         raise ValueError("MBConv blocks got norm_op=None; expected a normalisation. Give the plans one.")
-    return fast_norm_op(norm_op), norm_op_kwargs or {}
+    return fast_norm_op(norm_op), {"affine": True} | (norm_op_kwargs or {})
 
 
 def _planned_decoder(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -61,20 +61,19 @@ class Stage:
 
 @dataclass(frozen=True)
 class Variant:
-    """An encoder: its name, stem width, stages, and what its authors trained it with.
+    """An encoder: its name, stem width and stages.
 
     Attributes:
         head_channels: width of the classification head. It never runs here and is not built, but the parameter
             counts of the paper's Table 1 include it.
-        drop_path_rate: stochastic depth of the last block in the original recipe; it grows linearly from 0.
-        timm_name: the timm model that has these weights for ImageNet.
+        timm_name: the timm model, weights included, that was trained on ImageNet-1k for this variant.
+        squeeze: how a quarter of the input channels becomes a whole number in squeeze-and-excitation.
     """
 
     name: str
     stem_channels: int
     stages: tuple[Stage, ...]
     head_channels: int
-    drop_path_rate: float
     timm_name: str
     squeeze: Literal["floor", "round8"]
 
@@ -112,8 +111,7 @@ def _scaled_b_net(index: int, width: float, depth: float) -> Variant:
             for s in _B0_STAGES
         ),
         head_channels=round_to_8(1280 * width),
-        drop_path_rate=0.2,
-        timm_name=f"tf_efficientnet_b{index}",
+        timm_name=f"tf_efficientnet_b{index}.aa_in1k",
         squeeze="floor",
     )
 
@@ -144,8 +142,7 @@ def _v2_net(size: str) -> Variant:
         stem_channels=24,
         stages=tuple(Stage(group, op, 3, expansion, *width) for (group, op, expansion), width in rows),
         head_channels=1792,
-        drop_path_rate=0.2,
-        timm_name=f"tf_efficientnetv2_{size}",
+        timm_name=f"tf_efficientnetv2_{size}.in1k",
         squeeze="round8",
     )
 
@@ -177,8 +174,10 @@ def blocks_per_resolution(variant: Variant, n_stages: int, deep_groups: DeepGrou
     Fewer than six resolutions: see :data:`DeepGroups`. More: each further one repeats the variant's last stage.
 
     Raises:
-        ValueError: fewer than two resolutions.
+        ValueError: fewer than two resolutions, or another word for ``deep_groups``.
     """
+    if deep_groups not in get_args(DeepGroups):
+        raise ValueError(f"deep_groups got {deep_groups!r}; expected one of {get_args(DeepGroups)}.")
     if n_stages < 2:
         raise ValueError(
             f"An EfficientNet encoder got n_stages={n_stages}; expected at least 2 (the stem and one group). "
@@ -218,10 +217,11 @@ class EfficientNetEncoder(nn.Module):
         strides: the plan's strides per resolution. The first one belongs to the stem.
         norm_op, norm_op_kwargs: the normalisation of every block.
         deep_groups: what happens to the groups that a plan of fewer than six stages has no resolution for.
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
+        drop_path_rate: stochastic depth; block i of n drops its branch at ``drop_path_rate · i / n``, as the originals
+            have it.
 
     Raises:
-        ValueError: unknown variant, or lists whose length is not ``n_stages``.
+        ValueError: unknown variant or ``deep_groups``, or lists whose length is not ``n_stages``.
     """
 
     def __init__(

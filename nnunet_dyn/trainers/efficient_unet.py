@@ -33,7 +33,8 @@ def build_network(
         ValueError: the configuration's architecture is not a U-Net, or its patch does not fit the strides.
     """
     arch_kwargs = adapt_arch_kwargs(network_class, configuration_manager.network_arch_init_kwargs, overlay)
-    check_patch_size(configuration_manager.patch_size, arch_kwargs["strides"], plans_manager.plans_name)
+    strides = [[s] * len(configuration_manager.patch_size) if isinstance(s, int) else s for s in arch_kwargs["strides"]]
+    check_patch_size(configuration_manager.patch_size, strides, plans_manager.plans_name)
     to_import = configuration_manager.network_arch_init_kwargs_req_import
     return get_network_from_plans(
         f"{network_class.__module__}.{network_class.__qualname__}",

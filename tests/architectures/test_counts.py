@@ -14,6 +14,15 @@ with open(Path(__file__).parents[1] / "data" / "table1.csv", newline="") as file
     TABLE = list(csv.DictReader(file))
 
 
+WRONG_IN_THE_PAPER = "FullyEfficientUNet-b4"
+
+
+def agrees(value: int, printed: str) -> bool:
+    """Whether ``value`` is ``printed`` (such as 0.958T or 31.196M) at the digits that are printed."""
+    unit = {"M": 1e6, "G": 1e9, "T": 1e12}[printed[-1]]
+    return abs(value / unit - float(printed[:-1])) <= 0.5e-3 * (1 + 1e-9)
+
+
 def network_name(row: str) -> str:
     """The table's row name → the name that ``plans.build`` takes."""
     return row.replace("UNetV2-", "UNet-v2").replace("v2S", "v2s").replace("v2M", "v2m").replace("v2L", "v2l")
@@ -41,15 +50,28 @@ def test_parameters_and_operations_are_the_papers(row):
     assert count_parameters(network) + heads == int(row["live_params_net_4_classes"])
     assert count_parameters(network.encoder) == int(row["live_params_enc"])
     assert count_parameters(network.decoder.stages) == int(row["live_params_dec"])
+    head = 0
     if "Generic" not in row["name"]:
-        with_head = count_parameters(network.encoder) + unused_head(network)
+        head = unused_head(network)
+        with_head = count_parameters(network.encoder) + head
         assert with_head == int(row["params_enc_with_unused_head"])
+    if row["name"] != WRONG_IN_THE_PAPER:
+        cells = {
+            "params_enc": count_parameters(network.encoder) + head,
+            "params_dec": count_parameters(network.decoder.stages),
+            "params_net": count_parameters(network) + heads + head,
+        }
+        for cell, value in cells.items():
+            assert agrees(value, row[f"paper_{cell}"]), cell
     assert network.encoder.output_channels == [int(c) for c in row["encoder_channels_per_resolution"].split(";")]
 
     counted = count_operations(network, (2, 1, 128, 128, 128))
     assert counted.total == int(row["flops_net"])
     assert counted.by_module["encoder"] == int(row["flops_enc"])
     assert decoder_blocks(network, counted.by_module) == int(row["flops_dec"])
+    if row["name"] != WRONG_IN_THE_PAPER:
+        for cell in ("net", "enc", "dec"):
+            assert agrees(int(row[f"flops_{cell}"]), row[f"paper_flops_{cell}"]), cell
 
 
 def test_one_row_of_the_paper_repeats_another():

@@ -90,7 +90,9 @@ def test_the_papers_batch_norm():
     assert norms and all(m.eps == 1e-3 and m.momentum == 0.01 for m in norms)
 
 
-def test_unknown_variant_and_wrong_lengths():
+def test_unknown_words_and_wrong_lengths():
+    with pytest.raises(ValueError, match=r"deep_groups got 'mrege'; expected one of \('truncate', 'merge'\)"):
+        encoder(options={"deep_groups": "mrege"})
     with pytest.raises(ValueError, match=r"Unknown EfficientNet variant 'b9'. Expected one of b0, b1"):
         encoder("b9")
     with pytest.raises(ValueError, match=r"strides got .* expected 6 entries .* of 3 numbers .* Correct the arch"):

@@ -130,6 +130,16 @@ def test_pretrained_argument_survives_initialize(monkeypatch):
     assert network.decoder.stages[0].convs[0].conv.weight.std() > 0
 
 
+def test_what_imagenet_does_not_have_starts_as_without_it(monkeypatch):
+    state = timm_model("v2s").state_dict()
+    monkeypatch.setattr(imagenet, "imagenet_state", lambda encoder: state)
+    network = build("EfficientUNet-v2s", dimension=2, n_stages=4, options={"pretrained": True})
+    projection = network.encoder.stages[1][1].project
+    assert torch.allclose(projection.norm.weight, torch.tensor(efficient_unet.RESIDUAL_SCALE))
+    he = (2 / (1 + 1e-4) / projection.conv.in_channels) ** 0.5
+    assert projection.conv.weight.std().item() == pytest.approx(he, rel=0.2)
+
+
 def test_without_weights_the_error_names_the_remedy(monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no route to host")

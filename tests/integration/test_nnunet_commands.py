@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import SimpleITK as sitk
+import torch
 
 from nnunet_dyn.demo import generate_dataset
 
@@ -27,8 +28,7 @@ class Workspace:
 
     def run(self, command: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
         program = Path(sys.executable).with_name(command)
-        if not program.exists():
-            pytest.skip(f"{command} is not installed beside {sys.executable}")
+        assert program.exists(), f"{command} is not installed beside {sys.executable}"
         done = subprocess.run(
             [program, *map(str, arguments)], env=self.environment, capture_output=True, text=True, timeout=900
         )
@@ -87,10 +87,20 @@ def test_resuming_continues_a_run_by_name_alone(workspace):
     arguments = (999, "3d_fullres", 0, "-tr", trainer, "-device", "cpu")
     workspace.run("nnUNetv2_train", *arguments)
     fold = workspace.model("3d_fullres", trainer) / "fold_0"
-    (fold / "checkpoint_final.pth").rename(fold / "checkpoint_latest.pth")
+    checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["current_epoch"] == 2
+    checkpoint["current_epoch"] = 1
+    checkpoint["logging"] = {
+        key: values[:1] if isinstance(values, list) else values for key, values in checkpoint["logging"].items()
+    }
+    torch.save(checkpoint, fold / "checkpoint_latest.pth")
+    (fold / "checkpoint_final.pth").unlink()
     again = workspace.run("nnUNetv2_train", *arguments, "--c")
-    assert "Training done." in again.stdout
-    assert (fold / "checkpoint_final.pth").exists()
+    assert "Epoch 1" in again.stdout and "Epoch 0" not in again.stdout
+    finished = torch.load(fold / "checkpoint_final.pth", weights_only=False)
+    assert finished["current_epoch"] == 2
+    before, after = (saved["network_weights"]["encoder.stages.0.0.conv.weight"] for saved in (checkpoint, finished))
+    assert not torch.equal(before, after)
 
 
 def test_find_best_configuration_and_move_the_model(trained, tmp_path):
@@ -112,4 +122,7 @@ def test_find_best_configuration_and_move_the_model(trained, tmp_path):
 def test_an_unknown_name_gets_a_hint(workspace):
     done = workspace.run("nnUNetv2_train", 999, "3d_fullres", 0, "-tr", "nnUNetTrainerEffV2X", check=False)
     assert done.returncode != 0
-    assert "nnunet_dyn: no trainer is called nnUNetTrainerEffV2X. Did you mean nnUNetTrainerEffV2S" in done.stderr
+    assert (
+        "nnunet_dyn: this package has no trainer called nnUNetTrainerEffV2X. Did you mean nnUNetTrainerEffV2S"
+        in done.stderr
+    )

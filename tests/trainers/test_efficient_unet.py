@@ -56,6 +56,24 @@ def test_residual_encoder_plans_are_understood():
         assert network(torch.randn(1, 2, 16, 16, 16)).shape == (1, 3, 16, 16, 16)
 
 
+def test_the_network_compiles_into_one_graph_with_and_without_deep_supervision():
+    network = build("nnUNetTrainerFullyEffB0", plans_manager(2, n_stages=3), deep_supervision=True).to("meta")
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    x = torch.empty(1, 2, 16, 16, device="meta")
+    assert len(compiled(x)) == 2
+    network.decoder.deep_supervision = False
+    assert compiled(x).shape == (1, 3, 16, 16)
+
+
+def test_bfloat16_autocast_on_a_cpu():
+    network = build("nnUNetTrainerEffB0", plans_manager(2, n_stages=3), deep_supervision=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = network(torch.randn(2, 2, 16, 16))
+    output.float().mean().backward()
+    assert output.dtype == torch.bfloat16
+    assert all(torch.isfinite(p.grad).all() for p in network.decoder.stages.parameters())
+
+
 def test_plans_it_cannot_serve():
     plans = plans_manager(n_stages=4, patch_size=(16, 20, 16))
     with pytest.raises(
