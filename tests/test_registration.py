@@ -99,7 +99,8 @@ def test_hint_is_given_once_and_only_for_a_close_name(fake_trainers, capsys):
         assert not hasattr(scanned_module(), "nnUNetTrainerElse")
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "nnunet_dyn: no trainer is called nnUNetTrainerFake_5epoch. Did you mean nnUNetTrainerFake_5epochs?\n"
+    expected = "this package has no trainer called nnUNetTrainerFake_5epoch. Did you mean nnUNetTrainerFake_5epochs?"
+    assert err == f"nnunet_dyn: {expected}\n"
 
 
 @pytest.mark.parametrize("error", [ImportError, RuntimeError, AttributeError])

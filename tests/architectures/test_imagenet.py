@@ -145,5 +145,7 @@ def test_without_weights_the_error_names_the_remedy(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(JobError, match=r"tf_efficientnet_b0 \(OSError: no route to host\).*HF_HOME.*without _ImageNet"):
+    with pytest.raises(
+        JobError, match=r"tf_efficientnet_b0\.aa_in1k \(OSError: no route to host\).*HF_HOME.*without _ImageNet"
+    ):
         load_imagenet(encoder("b0"))
