@@ -12,6 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
+import machine
 import torch
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -91,7 +92,7 @@ def main() -> None:
         for norm, scale in (("batch", 1.0), ("plan", 1.0), ("plan", RESIDUAL_SCALE)):
             rows.append(run(variant, norm, scale, args.iterations, args.learning_rate))
             print(rows[-1], flush=True)
-            args.output.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1))
+            args.output.write_text(json.dumps({"machine": machine.describe(), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
+import machine
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
@@ -135,8 +136,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     result = {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "machine": machine.describe(),
         "rows": [row for setting in args.settings for row in measure(setting, args.networks, args.rounds)],
         "profile_3d_forward": {
             name: profile("3d", name)

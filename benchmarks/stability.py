@@ -1,7 +1,8 @@
 """Do the networks train? Loss and gradient norm of every iteration, through nnU-Net's trainer, on generated data.
 
 Plans: six stages, patch 64³, five halvings, batch 2 (the depth at which the paper's b1 to b7 could not be trained),
-nnU-Net's learning rate of 0.01 throughout. Example:
+nnU-Net's learning rate of 0.01 throughout. The seed sets the initial weights; nnU-Net draws batches in worker processes
+of its own, which are not seeded. Exit status 1 if a run is not finite or its loss does not fall. Example:
 
     python benchmarks/stability.py --output stability.json --iterations 30
     python benchmarks/stability.py --output stability.json --iterations 100 --seeds 0 1 2 \\
@@ -11,13 +12,13 @@ nnU-Net's learning rate of 0.01 throughout. Example:
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import machine
 import numpy as np
 import torch
 
@@ -73,13 +74,15 @@ def train(name: str, iterations: int, seed: int, folder: Path) -> dict:
         torch.nn.utils.clip_grad_norm_ = clip
         trainer.dataloader_train._finish()
     third = max(1, iterations // 3)
+    first, last = float(np.mean(losses[:third])), float(np.mean(losses[-third:]))
     return {
         "trainer": name,
         "seed": seed,
         "iterations": iterations,
         "finite": bool(np.isfinite(losses).all() and np.isfinite(norms).all()),
-        "loss_first_third": round(float(np.mean(losses[:third])), 4),
-        "loss_last_third": round(float(np.mean(losses[-third:])), 4),
+        "falling": last < first,
+        "loss_first_third": round(first, 4),
+        "loss_last_third": round(last, 4),
         "largest_gradient_norm": round(max(norms), 3),
         "losses": [round(loss, 4) for loss in losses],
         "gradient_norms": [round(norm, 3) for norm in norms],
@@ -98,14 +101,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    result = {
-        "features_per_stage": args.features,
-        "torch": torch.__version__,
-        "machine": platform.processor(),
-        "runs": [],
-    }
+    result = {"machine": machine.describe(), "features_per_stage": args.features, "runs": []}
     if args.output.exists():
         result = json.loads(args.output.read_text())
+        if result["features_per_stage"] != args.features:
+            parser.error(f"{args.output} holds runs with --features {result['features_per_stage']}; use another file")
     done = {(run["trainer"], run["seed"], run["iterations"]) for run in result["runs"]}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -124,6 +124,7 @@ def main() -> None:
                 partial.write_text(json.dumps(result, indent=1))
                 partial.replace(args.output)
                 print({key: value for key, value in run.items() if not isinstance(value, list)}, flush=True)
+    sys.exit(not all(run["finite"] and run["falling"] for run in result["runs"]))
 
 
 if __name__ == "__main__":
