@@ -66,7 +66,7 @@ def count_operations(network: nn.Module, input_shape: Sequence[int]) -> Operatio
         handles.append(module.register_forward_hook(counter.leave, always_call=True))
     try:
         with torch.no_grad(), counter:
-            functional_call(network, meta, (torch.empty(tuple(input_shape), device="meta"),))
+            functional_call(network, meta, (torch.empty(tuple(input_shape), device="meta"),), tie_weights=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from plans import arch_kwargs
 from torch import nn
 
 from nnunet_dyn.accounting import count_operations, count_parameters
@@ -63,3 +65,10 @@ def test_hooks_are_gone_after_an_error():
 
 def test_count_parameters_leaves_buffers_out():
     assert count_parameters(nn.BatchNorm2d(4)) == 8
+
+
+def test_a_network_that_holds_modules_under_several_names():
+    """nnU-Net's own network does: its decoder keeps a reference to the encoder."""
+    stock = PlainConvUNet(1, num_classes=2, n_conv_per_stage=2, **arch_kwargs(2, n_stages=3))
+    counted = operations(stock, 1, 1, 16, 16)
+    assert counted.total > counted.by_module["encoder"] > 0
