@@ -1,0 +1,21 @@
+"""What each process of the DistributedDataParallel test runs; in a module of its own, which a new process can import."""
+
+import torch
+import torch.distributed as dist
+from plans import build
+from torch.nn.parallel import DistributedDataParallel
+
+
+def train(rank: int, folder: str, name: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    network = DistributedDataParallel(build(name, dimension=2, n_stages=3, features=(8, 12, 16)))
+    optimizer = torch.optim.SGD(network.parameters(), 0.01)
+    for step in range(2):
+        torch.manual_seed(10 * step + rank)  # every process has its own batch, of one sample
+        optimizer.zero_grad()
+        # As in nnU-Net under DDP, no output has weight 0.
+        sum(output.square().mean() for output in network(torch.randn(1, 1, 16, 16))).backward()
+        optimizer.step()
+    torch.save(network.module.state_dict(), f"{folder}/{rank}.pth")
+    dist.destroy_process_group()
