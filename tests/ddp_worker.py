@@ -1,4 +1,4 @@
-"""What each process of the DistributedDataParallel test runs; in a module of its own, which a new process can import."""
+"""What each process of the DistributedDataParallel test runs, in a module that a new process can import."""
 
 import torch
 import torch.distributed as dist
