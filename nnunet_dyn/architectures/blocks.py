@@ -25,7 +25,7 @@ def to_fast_layout(x: torch.Tensor) -> torch.Tensor:
     """Return ``x: (B, C, *spatial)`` in the memory layout in which the blocks of this module run fastest.
 
     On a CPU that is channels-last: a 1×1 convolution is then one matrix product, and oneDNN's depthwise kernels run
-    without the reordering that costs them ten times their arithmetic. Elsewhere ``x`` comes back unchanged.
+    without reordering. Elsewhere ``x`` comes back unchanged.
     """
     if x.device.type != "cpu":
         return x

@@ -1,7 +1,7 @@
 """Depthwise convolutions whose gradient on a CPU does not cost many times their forward pass.
 
-PyTorch's input gradient of a depthwise convolution takes oneDNN's slow path: for 192 channels at 32³ voxels it runs
-about 50 times as long as the convolution itself. It is a depthwise convolution too, of the output's gradient with
+PyTorch's input gradient of a depthwise convolution takes oneDNN's slow path, many times as long as the convolution
+itself. It is a depthwise convolution too, of the output's gradient with
 the mirrored kernel, and that one is fast.
 """
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 # Up to this many voxels a map, the weight gradient is faster as one product and sum per kernel position than in
-# oneDNN: 2 to 10 times for the wide, small maps of the last stages.
+# oneDNN: the wide, small maps of the last stages.
 _SMALL_MAP = 256
 
 
