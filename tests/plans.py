@@ -38,27 +38,15 @@ def arch_kwargs(dimension=3, n_stages=6, strides=None, kernel_sizes=None, featur
 
 def build(name: str, input_channels=1, num_classes=4, deep_supervision=True, options=None, **plan) -> nn.Module:
     """Build a network of ``NETWORKS`` (or ``GenericUNet``) for the plan that ``arch_kwargs(**plan)`` gives."""
-    kwargs = arch_kwargs(**plan) | (options or {})
+    kwargs = {"decoder": "fully_efficient" if name.startswith("Fully") else "plain"}
     if name.endswith("GenericUNet"):
-        decoder = "plain" if name == "GenericUNet" else "fully_efficient"
-        network = GenericUNet(
-            input_channels,
-            num_classes,
-            n_conv_per_stage=2,
-            decoder=decoder,
-            deep_supervision=deep_supervision,
-            **kwargs,
-        )
+        network_class = GenericUNet
+        kwargs["n_conv_per_stage"] = 2
     else:
-        decoder = "fully_efficient" if name.startswith("Fully") else "plain"
-        network = EfficientUNet(
-            input_channels,
-            num_classes,
-            encoder=name.split("-")[1],
-            decoder=decoder,
-            deep_supervision=deep_supervision,
-            **kwargs,
-        )
+        network_class = EfficientUNet
+        kwargs["encoder"] = name.split("-")[1]
+    kwargs |= arch_kwargs(**plan) | (options or {})
+    network = network_class(input_channels, num_classes, deep_supervision=deep_supervision, **kwargs)
     torch.manual_seed(0)
     network.apply(network.initialize)
     return network
