@@ -6,17 +6,20 @@ Sources: MBConv from Sandler et al. 2018 (MobileNetV2) and Tan & Le 2019 (Effici
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from dynamic_network_architectures.building_blocks.helper import maybe_convert_scalar_to_list
+from dynamic_network_architectures.building_blocks.regularization import DropPath
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torchvision.ops import StochasticDepth
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from nnunet_dyn.architectures.depthwise import depthwise_op
+from nnunet_dyn.architectures.fast_convs import fast_conv_op, is_eager_on_cpu
 
 SpatialSize = int | Sequence[int]
 
@@ -32,6 +35,10 @@ def to_fast_layout(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
 
+# Up to this ratio of a channel's mean to its spread, E[x²] - E[x]² keeps the variance to four digits in fp32.
+_LARGEST_MEAN = 30.0
+
+
 class _GroupNormPath:
     """Instance normalisation computed by PyTorch's group normalisation on a CPU.
 
@@ -40,7 +47,7 @@ class _GroupNormPath:
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or self.track_running_stats:
+        if not is_eager_on_cpu(x) or self.track_running_stats:
             return super().forward(x)
         spatial = tuple(range(2, x.ndim))
         if self.training and x.shape[2:].numel() == 1:
@@ -48,9 +55,20 @@ class _GroupNormPath:
                 f"Instance normalisation got maps of one voxel in training ({tuple(x.shape)}); expected more. Use a "
                 "larger patch or fewer stages."
             )
-        # In channels-last, group normalisation takes the variance as E[x²] - E[x]², which cancels where a channel's
+        y, mean, inverse_spread = self._group_norm(x)
+        # Group normalisation takes the variance as E[x²] - E[x]² in channels-last, which cancels where a channel's
         # mean is large beside its spread. Centred maps have nothing to cancel.
-        return F.group_norm(x - x.mean(spatial, keepdim=True), self.num_features, self.weight, self.bias, self.eps)
+        if not (mean * inverse_spread).abs().max() < _LARGEST_MEAN:
+            y, _, _ = self._group_norm(x - x.mean(spatial, keepdim=True))
+        return y
+
+    def _group_norm(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The normalised map, and the mean and inverse standard deviation of each of its channels."""
+        x = x if x.is_contiguous() else to_fast_layout(x)
+        samples, channels, *spatial = x.shape
+        return torch.native_group_norm(
+            x, self.weight, self.bias, samples, channels, math.prod(spatial), channels, self.eps
+        )
 
 
 class InstanceNorm2d(_GroupNormPath, nn.InstanceNorm2d):
@@ -95,7 +113,7 @@ class ConvNormAct(nn.Module):
         super().__init__()
         kernel_size = maybe_convert_scalar_to_list(conv_op, kernel_size)
         stride = maybe_convert_scalar_to_list(conv_op, stride)
-        self.conv = conv_op(
+        self.conv = fast_conv_op(conv_op)(
             input_channels,
             output_channels,
             tuple(kernel_size),
@@ -108,7 +126,22 @@ class ConvNormAct(nn.Module):
         self.nonlin = SiLU() if activation else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training and not torch.is_grad_enabled() and isinstance(self.norm, _BatchNorm):
+            return self.nonlin(self._normalised_conv(x))
         return self.nonlin(self.norm(self.conv(x)))
+
+    def _normalised_conv(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolution with the stored statistics folded into its weights: one pass over the map instead of two."""
+        weight, bias = fuse_conv_bn_weights(
+            self.conv.weight,
+            None,
+            self.norm.running_mean,
+            self.norm.running_var,
+            self.norm.eps,
+            self.norm.weight,
+            self.norm.bias,
+        )
+        return self.conv._conv_forward(x, weight, bias)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
         """Elements that the convolution writes for one sample of ``input_size`` voxels (nnU-Net's memory unit)."""
@@ -146,7 +179,7 @@ class _ResidualBlock(nn.Module):
         for name, module in branch.items():
             self.add_module(name, module)
         self.has_shortcut = has_shortcut
-        self.drop_path = StochasticDepth(drop_path_rate, "row") if has_shortcut and drop_path_rate else nn.Identity()
+        self.drop_path = DropPath(drop_path_rate) if has_shortcut and drop_path_rate else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x
@@ -197,9 +230,7 @@ class MBConv(_ResidualBlock):
         branch: dict[str, nn.Module] = {}
         if expansion != 1:
             branch["expand"] = ConvNormAct(conv_op, input_channels, expanded, 1, 1, *norm)
-        branch["depthwise"] = ConvNormAct(
-            depthwise_op(conv_op), expanded, expanded, kernel_size, stride, *norm, groups=expanded
-        )
+        branch["depthwise"] = ConvNormAct(conv_op, expanded, expanded, kernel_size, stride, *norm, groups=expanded)
         branch["squeeze_excite"] = SqueezeExcite(conv_op, expanded, squeezed_channels)
         branch["project"] = ConvNormAct(conv_op, expanded, output_channels, 1, 1, *norm, activation=False)
         super().__init__(branch, _keeps_shape(stride, input_channels, output_channels), drop_path_rate)

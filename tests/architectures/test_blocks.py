@@ -3,9 +3,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nnunet_dyn.architectures import blocks, depthwise
-from nnunet_dyn.architectures.blocks import FusedMBConv, MBConv, SqueezeExcite, fast_norm_op, to_fast_layout
-from nnunet_dyn.architectures.depthwise import depthwise_op
+from nnunet_dyn.architectures import blocks
+from nnunet_dyn.architectures.blocks import (
+    ConvNormAct,
+    FusedMBConv,
+    MBConv,
+    SqueezeExcite,
+    fast_norm_op,
+    to_fast_layout,
+)
 
 CONVS = {2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -48,38 +54,6 @@ def test_one_voxel_is_refused_in_training_as_in_torch():
 
 def test_other_norms_stay():
     assert fast_norm_op(nn.BatchNorm3d) is nn.BatchNorm3d
-
-
-@pytest.mark.parametrize("kernel", [3, 5, (1, 3, 5)])
-@pytest.mark.parametrize("stride", [1, 2, (1, 2, 2)])
-@pytest.mark.parametrize("size", [(8, 8, 8), (9, 8, 7)])
-@pytest.mark.parametrize("dimension", [2, 3])
-@pytest.mark.parametrize("small_map", [0, 10**6])
-def test_depthwise_gradients_equal_torch(dimension, kernel, stride, size, small_map, monkeypatch):
-    monkeypatch.setattr(depthwise, "_SMALL_MAP", small_map)
-    kernel, stride = (v if isinstance(v, int) else v[-dimension:] for v in (kernel, stride))
-    padding = kernel // 2 if isinstance(kernel, int) else tuple(k // 2 for k in kernel)
-    arguments = dict(kernel_size=kernel, stride=stride, padding=padding, groups=6, bias=False)
-    reference = CONVS[dimension](6, 6, **arguments).double()
-    ours = depthwise_op(CONVS[dimension])(6, 6, **arguments).double()
-    ours.load_state_dict(reference.state_dict())
-    assert isinstance(ours, CONVS[dimension])
-    inputs = [torch.randn(2, 6, *size[:dimension], dtype=torch.double, generator=torch.Generator().manual_seed(0))]
-    inputs.append(to_fast_layout(inputs[0].clone()))
-    outputs = []
-    for module, x in zip((reference, ours), inputs, strict=True):
-        x.requires_grad_()
-        y = module(x)
-        y.backward(torch.cos(torch.arange(y.numel(), dtype=torch.double)).reshape(y.shape))
-        outputs.append((y, x.grad, module.weight.grad))
-    for expected, got in zip(*outputs, strict=True):
-        assert torch.allclose(expected, got)
-
-
-def test_depthwise_without_input_gradient():
-    module = depthwise_op(nn.Conv3d)(2, 2, 3, padding=1, groups=2, bias=False)
-    module(torch.randn(1, 2, 4, 4, 4)).sum().backward()
-    assert module.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("dimension", [2, 3])
@@ -127,3 +101,24 @@ def test_stochastic_depth_drops_whole_samples():
 def test_feature_map_size_counts_the_expanded_maps():
     module = MBConv(nn.Conv2d, 8, 16, 3, 2, 6, 2, blocks.InstanceNorm2d, AFFINE)
     assert module.compute_conv_feature_map_size((8, 8)) == 48 * 64 + 48 * 16 + 16 * 16
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+@pytest.mark.parametrize("groups", [1, 6])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_batch_norm_is_folded_in_inference_only(dimension, groups, kernel):
+    norm_op = (nn.BatchNorm2d, nn.BatchNorm3d)[dimension - 2]
+    module = ConvNormAct(CONVS[dimension], 6, 6, kernel, 1, norm_op, {"eps": 1e-3}, groups=groups).double()
+    x = torch.randn(4, 6, *[5] * dimension, dtype=torch.double) + 1
+    nn.init.normal_(module.norm.weight)
+    nn.init.normal_(module.norm.bias)
+    for _ in range(3):
+        module.train()(x)
+    calls = []
+    module.norm.register_forward_hook(lambda *_: calls.append(1))
+    expected = module.eval()(x)
+    with torch.no_grad():
+        assert torch.allclose(module(x), expected)
+        assert len(calls) == 1
+        module.train()(x)
+    assert len(calls) == 2

@@ -78,7 +78,7 @@ def test_the_fast_paths_change_nothing(name, dimension, monkeypatch):
     for module in (blocks, efficientnet, efficient_unet):
         monkeypatch.setattr(module, "to_fast_layout", lambda x: x, raising=False)
         monkeypatch.setattr(module, "fast_norm_op", lambda op: op, raising=False)
-    monkeypatch.setattr(blocks, "depthwise_op", lambda op: op)
+    monkeypatch.setattr(blocks, "fast_conv_op", lambda op: op)
     plain = build(name, dimension=dimension, **SMALL)
     plain.load_state_dict(fast.state_dict())
     monkeypatch.undo()

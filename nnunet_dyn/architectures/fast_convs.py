@@ -1,8 +1,12 @@
-"""Depthwise convolutions whose gradient on a CPU does not cost many times their forward pass.
+"""Convolutions that compute what PyTorch's compute, by ways that are faster in eager mode on a CPU.
 
-PyTorch's input gradient of a depthwise convolution takes oneDNN's slow path, many times as long as the convolution
-itself. It is a depthwise convolution too, of the output's gradient with
-the mirrored kernel, and that one is fast.
+Three of PyTorch's choices cost the networks of this package much time there:
+
+- The input gradient of a depthwise convolution takes oneDNN's slow path, many times as long as the convolution. It is
+  a depthwise convolution too, of the output's gradient with the mirrored kernel, and that one is fast.
+- At batch 1, a convolution of a map with few channels and slices goes to a general routine that copies its input once
+  per kernel position and leaves channels-last. Asking for oneDNN halves the time.
+- A 1×1 convolution in channels-last is a matrix product and needs no convolution routine.
 """
 
 from __future__ import annotations
@@ -75,29 +79,41 @@ def _conv(x, weight, stride, padding):
     return conv(x, weight, None, stride, padding, groups=x.shape[1])
 
 
-class _CheapGradient:
-    """Takes :class:`_DepthwiseFunction` where it is both valid and wanted: eager training in fp32 on a CPU."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if (
-            x.device.type != "cpu"
-            or not torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or torch.jit.is_tracing()
-            or torch.compiler.is_compiling()
-        ):
-            return super().forward(x)
-        return _DepthwiseFunction.apply(x, self.weight, self.stride, self.padding)
+def is_eager_on_cpu(x: torch.Tensor) -> bool:
+    """Whether operators run one at a time on a CPU; autocast, a compiler or an exporter do better with plain ones."""
+    return (
+        x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and not torch.compiler.is_compiling()
+    )
 
 
-class DepthwiseConv2d(_CheapGradient, nn.Conv2d):
-    """``torch.nn.Conv2d`` with ``groups = channels``, odd kernel, ``padding = kernel // 2`` and no bias."""
+class _FastConv:
+    """Picks the way by the layer's shape. No dilation, ``padding = kernel // 2``."""
+
+    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if not is_eager_on_cpu(x):
+            return super()._conv_forward(x, weight, bias)
+        if self.groups != 1:
+            if not torch.is_grad_enabled():
+                return super()._conv_forward(x, weight, bias)
+            return _DepthwiseFunction.apply(x, weight, self.stride, self.padding)
+        if math.prod(self.kernel_size) == math.prod(self.stride) == 1:
+            return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+        if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+            return super()._conv_forward(x, weight, bias)
+        return torch.mkldnn_convolution(x, weight, bias, self.padding, self.stride, self.dilation, 1)
 
 
-class DepthwiseConv3d(_CheapGradient, nn.Conv3d):
-    """``torch.nn.Conv3d`` with ``groups = channels``, odd kernel, ``padding = kernel // 2`` and no bias."""
+class FastConv2d(_FastConv, nn.Conv2d):
+    """``torch.nn.Conv2d`` with an odd kernel, ``padding = kernel // 2``, and no bias if ``groups`` is not 1."""
 
 
-def depthwise_op(conv_op: type[_ConvNd]) -> type[_ConvNd]:
-    """The depthwise class of this module for ``conv_op``; a class it does not know comes back unchanged."""
-    return {nn.Conv2d: DepthwiseConv2d, nn.Conv3d: DepthwiseConv3d}.get(conv_op, conv_op)
+class FastConv3d(_FastConv, nn.Conv3d):
+    """``torch.nn.Conv3d`` with an odd kernel, ``padding = kernel // 2``, and no bias if ``groups`` is not 1."""
+
+
+def fast_conv_op(conv_op: type[_ConvNd]) -> type[_ConvNd]:
+    """The class of this module for ``conv_op``; a class it does not know comes back unchanged."""
+    return {nn.Conv2d: FastConv2d, nn.Conv3d: FastConv3d}.get(conv_op, conv_op)
