@@ -6,7 +6,6 @@ Sources: MBConv from Sandler et al. 2018 (MobileNetV2) and Tan & Le 2019 (Effici
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,47 +34,33 @@ def to_fast_layout(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
 
-# Up to this ratio of a channel's mean to its spread, E[x²] - E[x]² keeps the variance to four digits in fp32.
-_LARGEST_MEAN = 30.0
+class _PerSampleBatchNorm:
+    """Instance normalisation computed on a CPU as batch normalisation of one sample at a time.
 
-
-class _GroupNormPath:
-    """Instance normalisation computed by PyTorch's group normalisation on a CPU.
-
-    ``torch.nn.InstanceNorm*d`` copies a channels-last map to a contiguous one and runs batch normalisation on it;
-    group normalisation with one channel a group reads the map where it lies.
+    ``torch.nn.InstanceNorm*d`` copies a channels-last map to a contiguous one and normalises that; PyTorch's batch
+    normalisation reads the map where it lies.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not is_eager_on_cpu(x) or self.track_running_stats:
             return super().forward(x)
-        spatial = tuple(range(2, x.ndim))
         if self.training and x.shape[2:].numel() == 1:
             raise ValueError(
                 f"Instance normalisation got maps of one voxel in training ({tuple(x.shape)}); expected more. Use a "
                 "larger patch or fewer stages."
             )
-        y, mean, inverse_spread = self._group_norm(x)
-        # Group normalisation takes the variance as E[x²] - E[x]² in channels-last, which cancels where a channel's
-        # mean is large beside its spread. Centred maps have nothing to cancel.
-        if not (mean * inverse_spread).abs().max() < _LARGEST_MEAN:
-            y, _, _ = self._group_norm(x - x.mean(spatial, keepdim=True))
-        return y
-
-    def _group_norm(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The normalised map, and the mean and inverse standard deviation of each of its channels."""
-        x = x if x.is_contiguous() else to_fast_layout(x)
-        samples, channels, *spatial = x.shape
-        return torch.native_group_norm(
-            x, self.weight, self.bias, samples, channels, math.prod(spatial), channels, self.eps
-        )
+        samples = [
+            torch.batch_norm(sample, self.weight, self.bias, None, None, True, self.momentum, self.eps, False)
+            for sample in x.split(1)
+        ]
+        return samples[0] if len(samples) == 1 else torch.cat(samples)
 
 
-class InstanceNorm2d(_GroupNormPath, nn.InstanceNorm2d):
+class InstanceNorm2d(_PerSampleBatchNorm, nn.InstanceNorm2d):
     """``torch.nn.InstanceNorm2d`` with the faster CPU path."""
 
 
-class InstanceNorm3d(_GroupNormPath, nn.InstanceNorm3d):
+class InstanceNorm3d(_PerSampleBatchNorm, nn.InstanceNorm3d):
     """``torch.nn.InstanceNorm3d`` with the faster CPU path."""
 
 

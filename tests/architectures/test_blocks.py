@@ -35,10 +35,11 @@ def test_instance_norm_equals_torch(dimension, affine):
 
 @pytest.mark.parametrize(("mean", "spread"), [(100.0, 1.0), (1.0, 1e-3), (0.0, 1.0)])
 @pytest.mark.parametrize("dimension", [2, 3])
-def test_instance_norm_stays_exact_in_single_precision(dimension, mean, spread):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_instance_norm_stays_exact_in_single_precision(dimension, mean, spread, batch):
     """Where a channel's mean is large beside its spread, a variance from E[x²] - E[x]² would be noise."""
     size = (48, 48) if dimension == 2 else (16, 16, 16)
-    x = mean + spread * torch.randn(2, 6, *size, dtype=torch.double)
+    x = mean + spread * torch.randn(batch, 6, *size, dtype=torch.double)
     norm = fast_norm_op(NORMS[dimension])(6, **AFFINE)
     expected = norm.double()(x.float().double())
     got = norm.float()(to_fast_layout(x.float()))
@@ -49,7 +50,7 @@ def test_one_voxel_is_refused_in_training_as_in_torch():
     norm = blocks.InstanceNorm3d(2, affine=True)
     with pytest.raises(ValueError, match=r"maps of one voxel in training .* larger patch or fewer stages"):
         norm(torch.randn(2, 2, 1, 1, 1))
-    assert torch.equal(norm.eval()(torch.randn(2, 2, 1, 1, 1)), torch.zeros(2, 2, 1, 1, 1))
+    assert norm.eval()(torch.randn(2, 2, 1, 1, 1)).abs().amax() < 1e-3
 
 
 def test_other_norms_stay():
