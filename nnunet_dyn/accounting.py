@@ -1,4 +1,4 @@
-"""Counting parameters and operations of a network, in stated units.
+"""Counting parameters, operations and activation memory of a network, in stated units.
 
 Unit: multiply-accumulates (MACs) for convolutions, transposed convolutions and matrix products, plus the
 normalisations in fvcore's convention (5 per element for statistics, scaling and affine, 4 without the affine part;
@@ -10,7 +10,7 @@ every operator that ran and was left out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -18,7 +18,9 @@ from math import prod
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
@@ -57,20 +59,66 @@ def count_operations(network: nn.Module, input_shape: Sequence[int]) -> Operatio
     Nothing is computed: the network runs on the meta device and comes back where it was. For a network whose path
     depends on the data this counts the path that a meta tensor can take, or raises what PyTorch raises.
     """
-    # Meta tensors stand in for the call only: the caller's parameters, and an optimiser's references, stay untouched.
-    meta = {name: tensor.to("meta") for name, tensor in (*network.named_parameters(), *network.named_buffers())}
     counter = _Counter()
+    call = _on_meta(network, input_shape)
     handles = []
     for name, module in network.named_modules():
         handles.append(module.register_forward_pre_hook(partial(counter.enter, name)))
         handles.append(module.register_forward_hook(counter.leave, always_call=True))
     try:
         with torch.no_grad(), counter:
-            functional_call(network, meta, (torch.empty(tuple(input_shape), device="meta"),), tie_weights=False)
+            call()
     finally:
         for handle in handles:
             handle.remove()
     return OperationCount(counter.by_module[""], dict(counter.by_module), dict(counter.not_counted))
+
+
+@dataclass(frozen=True)
+class ActivationMemory:
+    """Bytes of the tensors that one forward pass makes, in fp32; parameters and operators' workspace not included.
+
+    Attributes:
+        training: what is alive when the forward pass of a training step ends: all that autograd keeps, and the logits.
+        inference: the largest sum alive at any time of a forward pass without gradients.
+    """
+
+    training: int
+    inference: int
+
+
+def activation_memory(network: nn.Module, input_shape: Sequence[int]) -> ActivationMemory:
+    """Count the bytes that ``network`` needs for an input of ``input_shape``, ``(B, C, *spatial)``.
+
+    Nothing is computed: the operators run on the meta device, and what they would allocate is added up. This is the
+    path of an accelerator; on a CPU some operators work in place that do not here.
+    """
+    call = _on_meta(network, input_shape)
+    training = _Allocations()
+    was_training = network.training
+    try:
+        network.train()
+        with torch.enable_grad(), training:
+            outputs = call()
+        at_the_end = training.alive()
+        del outputs
+        inference = _Allocations()
+        network.eval()
+        with torch.no_grad(), inference:
+            call()
+    finally:
+        network.train(was_training)
+    return ActivationMemory(at_the_end, inference.peak)
+
+
+def _on_meta(network: nn.Module, input_shape: Sequence[int]) -> Callable:
+    """A call of ``network`` that computes nothing and leaves the caller's parameters, and an optimiser's, untouched."""
+    state = {
+        name: tensor.detach().to("meta").requires_grad_(tensor.requires_grad)
+        for name, tensor in (*network.named_parameters(), *network.named_buffers())
+    }
+    x = torch.empty(tuple(input_shape), device="meta")
+    return lambda: functional_call(network, state, (x,), tie_weights=False)
 
 
 def _convolution(args, out) -> int:
@@ -128,4 +176,29 @@ class _Counter(TorchDispatchMode):
                 self.by_module[name] += operations
         elif func.overloadpacket._qualified_op_name not in _FREE:
             self.not_counted[func.overloadpacket._qualified_op_name] += 1
+        return out
+
+
+class _Allocations(TorchDispatchMode):
+    """Follows the storages that operators make, while they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def alive(self) -> int:
+        """Bytes of the storages that something still holds."""
+        self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
+        return sum(size for _, size in self.storages.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in inputs:
+                    self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, self.alive())
         return out

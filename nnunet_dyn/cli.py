@@ -30,6 +30,19 @@ COMMANDS = (
         "check the installation and say how to mend it",
         "nnunet_dyn doctor nnUNetTrainerEffV2S_20epochs",
     ),
+    Command("list", "nnunet_dyn.listing", "show every trainer and template and what it costs", "nnunet_dyn list"),
+    Command(
+        "plan",
+        "nnunet_dyn.plan",
+        "add configurations with other networks to a data set's plans",
+        "nnunet_dyn plan -d 501 -t effv2s fullyeffb0",
+    ),
+    Command(
+        "profile",
+        "nnunet_dyn.profiling",
+        "count and time networks beside nnU-Net's own",
+        "nnunet_dyn profile -d 501 -c 3d_fullres -tr nnUNetTrainerEffV2S",
+    ),
 )
 
 

@@ -5,8 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from math import prod
+from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
+
+from nnunet_dyn.plans_templates import Template
+
+if TYPE_CHECKING:  # importing it takes a second, and trainers import this module
+    from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
 #: What a plan's architecture must say for a U-Net to be derived from it.
 UNET_KEYS = ("n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides")
@@ -32,6 +43,26 @@ def adapt_arch_kwargs(network_class: type[nn.Module], planned: dict, overlay: di
     return {key: value for key, value in planned.items() if key in known} | overlay
 
 
+def derived_architecture(template: Template, planned: dict) -> dict:
+    """The architecture block of ``template``'s network for the stages, strides and kernels of ``planned``'s.
+
+    Raises:
+        ValueError: see :func:`adapt_arch_kwargs`.
+    """
+    kwargs = adapt_arch_kwargs(template.network_class, planned["arch_kwargs"], template.arch_kwargs)
+    return {
+        "network_class_name": template.network_class_name,
+        "arch_kwargs": kwargs,
+        "_kw_requires_import": [key for key in planned["_kw_requires_import"] if key in kwargs],
+    }
+
+
+def build_network(architecture: dict, input_channels: int, num_classes: int, **options) -> nn.Module:
+    """Build the network of an architecture block of nnU-Net's plans; ``options`` as ``get_network_from_plans`` has."""
+    keys = ("network_class_name", "arch_kwargs", "_kw_requires_import")
+    return get_network_from_plans(*(architecture[key] for key in keys), input_channels, num_classes, **options)
+
+
 def check_patch_size(patch_size: Sequence[int], strides: Sequence[Sequence[int]], plans_name: str) -> None:
     """Check that every axis of the patch survives all strides.
 
@@ -45,3 +76,88 @@ def check_patch_size(patch_size: Sequence[int], strides: Sequence[Sequence[int]]
             f"{plans_name}: got patch size {list(patch_size)}; expected every axis divisible by the product of "
             f"the strides, {divisor}. Set patch_size to {nearest} in the plans, or plan again."
         )
+
+
+def is_planned_unet(configuration: dict) -> bool:
+    """Whether the resolved ``configuration`` names one of nnU-Net's U-Nets, from which others can be derived."""
+    architecture = configuration["architecture"]
+    module = architecture["network_class_name"].partition(".")[0]
+    return module != "nnunet_dyn" and all(key in architecture["arch_kwargs"] for key in UNET_KEYS)
+
+
+def network_planner(plans: PlansManager, template: Template, gpu_memory_target_in_gb: float | None) -> ExperimentPlanner:
+    """nnU-Net's planner that made ``plans``, turned to the memory of another network.
+
+    It finds patch, strides, widths and batch size as nnU-Net does, from what ``template``'s network says of its
+    feature maps (``compute_conv_feature_map_size``, in the unit of nnU-Net's ``PlainConvUNet``).
+
+    Args:
+        gpu_memory_target_in_gb: as in ``nnUNetv2_plan_experiment``; ``None`` takes the planner's own default.
+
+    Raises:
+        RuntimeError: the data set's fingerprint is missing.
+    """
+    from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
+    base = plans.experiment_planner_class or ExperimentPlanner
+    target = {} if gpu_memory_target_in_gb is None else {"gpu_memory_target_in_gb": gpu_memory_target_in_gb}
+    planner_class = type(f"{base.__name__}For{template.name}", (_NetworkPlanning, base), {"template": template})
+    planner = planner_class(plans.dataset_name, **target)
+    # The reference values of the ResEnc planners hold for residual networks; our unit is the plain network's.
+    reference = ExperimentPlanner(plans.dataset_name)
+    for name in ("UNet_reference_val_3d", "UNet_reference_val_2d", "UNet_reference_val_corresp_GB"):
+        setattr(planner, name, getattr(reference, name))
+    return planner
+
+
+class _NetworkPlanning:
+    """Makes a planner ask another network than its own for its feature maps."""
+
+    template: ClassVar[Template]
+
+    def static_estimate_VRAM_usage(
+        self, patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
+    ) -> np.int64:
+        planned = {"arch_kwargs": arch_kwargs, "_kw_requires_import": arch_kwargs_req_import}
+        with torch.device("meta"):  # sizes only; no weights are made
+            network = build_network(
+                derived_architecture(self.template, planned), input_channels, output_channels, allow_init=False
+            )
+        return network.compute_conv_feature_map_size(patch_size)
+
+
+def derive_configuration(planner: ExperimentPlanner, plans: PlansManager, name: str, cache: dict) -> dict:
+    """Plan configuration ``name`` of ``plans`` anew for the planner's network, on the same preprocessed data.
+
+    Returns:
+        A configuration that inherits from ``name`` and says its own architecture, patch size and batch size.
+    """
+    planned = plans.get_configuration(name)
+    median = planned.median_image_size_in_voxels
+    slices = plans.original_median_shape_after_transp[0] if len(median) == 2 else 1
+    new = planner.get_plans_for_configuration(
+        np.array(planned.spacing),
+        np.array(median),
+        planned.data_identifier,
+        float(prod(median)) * slices * planner.dataset_json["numTraining"],
+        cache,
+    )
+    template = planner.template
+    architecture = derived_architecture(template, new["architecture"])
+    configuration = {
+        "inherits_from": name,
+        "patch_size": new["patch_size"],
+        "batch_size": new["batch_size"],
+        "architecture": architecture,
+        **template.configuration,
+    }
+    recursive_fix_for_json_export(configuration)
+    check_patch_size(configuration["patch_size"], architecture["arch_kwargs"]["strides"], f"{name}_{template.name}")
+    return configuration
+
+
+def source_configurations(plans: dict) -> dict[str, int]:
+    """Configurations of ``plans`` that others can be derived from, and the dimension of their patch."""
+    manager = PlansManager(plans)
+    resolved = {name: manager.get_configuration(name).configuration for name in manager.available_configurations}
+    return {name: len(entries["patch_size"]) for name, entries in resolved.items() if is_planned_unet(entries)}

@@ -33,6 +33,11 @@ def trainer_names() -> list[str]:
     return list(_FAMILY_OF)
 
 
+def template_name(name: str) -> str:
+    """The plans template whose network the trainer called ``name``, a base name, trains."""
+    return name.removeprefix(_STOCK).removesuffix("_ImageNet").lower()
+
+
 def suggest(name: str) -> list[str]:
     """Up to three existing names close to ``name``, with its length where that can be read."""
     base, _, tail = name.partition("_")

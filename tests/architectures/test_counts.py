@@ -1,7 +1,4 @@
-"""Every number of the paper's Table 1 (``tests/data/table1.csv``): parameters and operations, all 24 rows."""
-
-import csv
-from pathlib import Path
+"""Every number of the paper's Table 1 (``nnunet_dyn/table1.csv``): parameters and operations, all 24 rows."""
 
 import pytest
 from plans import NETWORKS, build
@@ -9,9 +6,9 @@ from plans import NETWORKS, build
 from nnunet_dyn.accounting import count_operations, count_parameters
 from nnunet_dyn.architectures.efficientnet import VARIANTS
 
-# Without newline translation, so that the table reads the same on every system.
-with open(Path(__file__).parents[1] / "data" / "table1.csv", newline="") as file:
-    TABLE = list(csv.DictReader(file))
+from nnunet_dyn.profiling import read_table1
+
+TABLE = read_table1()
 
 
 WRONG_IN_THE_PAPER = "FullyEfficientUNet-b4"

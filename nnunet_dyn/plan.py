@@ -1,0 +1,228 @@
+"""`nnunet_dyn plan`: add configurations of this package's networks to an nnU-Net plans file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from copy import deepcopy
+from pathlib import Path
+
+from nnunet_dyn.errors import JobError, UsageError
+from nnunet_dyn.plans_templates import Template, load_template, template_names
+
+DEFAULT_SOURCE, DEFAULT_OUTPUT = "nnUNetPlans", "nnUNetDynPlans"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-d", metavar="DATASET", required=True, help="name or number of a preprocessed data set")
+    parser.add_argument(
+        "-t", metavar="TEMPLATE", nargs="+", help="templates, by name or JSON file (default: all, see nnunet_dyn list)"
+    )
+    parser.add_argument("-c", metavar="CONFIG", nargs="+", help="configurations to start from (default: all that fit)")
+    parser.add_argument("-p", metavar="PLANS", default=DEFAULT_SOURCE, help="plans to start from (%(default)s)")
+    parser.add_argument("-o", metavar="PLANS", default=DEFAULT_OUTPUT, help="plans to write (%(default)s)")
+    parser.add_argument(
+        "-gpu_memory_target", metavar="GB", type=float, help="as in nnUNetv2_plan_experiment (default: the planner's)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace configurations and plans that exist")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Derive the configurations and write them. Nothing is written unless all of them could be planned."""
+    if args.gpu_memory_target is not None and not args.gpu_memory_target > 0:
+        raise UsageError(f"-gpu_memory_target got {args.gpu_memory_target}; expected gigabytes, more than 0.")
+    if args.o == args.p or "__" in args.o or os.sep in args.o or not args.o:
+        raise UsageError(
+            f"-o got {args.o!r}; expected a name other than {args.p!r}, without double underscore (which separates "
+            "the parts of nnU-Net's result folders) and without a path."
+        )
+    templates = [load_template(name) for name in args.t or template_names()]
+    for template in templates:
+        _ = template.network_class  # a class that is missing should be known before minutes of planning
+    folder = dataset_folder(args.d)
+    source = load_plans(folder, args.p)
+    output = folder / f"{args.o}.json"
+    plans = _start(source, output, args.overwrite)
+
+    from nnunet_dyn.planning import source_configurations
+
+    bases = source_configurations(source)
+    added: dict[str, dict] = {}
+    for number, template in enumerate(templates, 1):
+        wanted = _fitting(template, bases, args.c)
+        names = [f"{base}_{template.name}" for base in wanted]
+        if not args.overwrite and (existing := sorted(set(names) & set(plans["configurations"]))):
+            raise UsageError(
+                f"{output.name} already has {', '.join(existing)}. Choose another name with -o, or replace with "
+                "--overwrite."
+            )
+        _progress(f"[{number}/{len(templates)}] {template.name}: {', '.join(wanted)}")
+        added |= _derive(template, source, wanted, args.o, args.gpu_memory_target)
+    plans["configurations"] |= added
+    _write(plans, output)
+    _report(added, plans, output, args.d)
+    return 0
+
+
+def dataset_folder(dataset: str) -> Path:
+    """The folder of preprocessed data of ``dataset``, a name or number.
+
+    Raises:
+        UsageError: nnU-Net's folders are not set, or have no such data set.
+    """
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
+        if not os.path.isdir(os.environ.get(variable, "")):
+            raise UsageError(
+                f"{variable} is {os.environ.get(variable) or 'not set'}; expected a folder. Run 'nnunet_dyn doctor'."
+            )
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    try:
+        name = maybe_convert_to_dataset_name(dataset)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"No data set {dataset!r}: {error}") from error
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
+        folder = Path(os.environ[variable], name)
+        if not folder.is_dir():
+            raise UsageError(
+                f"{variable} has no {name}. Expected a data set that nnUNetv2_plan_and_preprocess has been run on."
+            )
+    return folder
+
+
+def load_plans(folder: Path, name: str) -> dict:
+    """Read plans ``name`` of the preprocessed data set in ``folder``.
+
+    Raises:
+        UsageError: they are missing, not valid, or of a format that nnU-Net 2.8 no longer writes.
+    """
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        found = sorted(p.stem for p in folder.glob("*lans*.json"))
+        raise UsageError(
+            f"No plans {name} in {folder}; there are: {', '.join(found) or 'none'}. Run nnUNetv2_plan_experiment, or "
+            "name other plans with -p."
+        )
+    try:
+        plans = json.loads(path.read_text())
+        configurations = plans["configurations"]
+        old = [c for c, entries in configurations.items() if not {"architecture", "inherits_from"} & set(entries)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is not an nnU-Net plans file ({error}). Run nnUNetv2_plan_experiment.") from error
+    if old:
+        raise UsageError(
+            f"{path} was made by an older nnU-Net: {', '.join(old)} without an architecture. Plan again with "
+            "nnUNetv2_plan_experiment of the nnU-Net installed here."
+        )
+    return plans
+
+
+def _start(source: dict, output: Path, overwrite: bool) -> dict:
+    """The plans to add to: those in ``output`` if they come from ``source``, else a copy of ``source``."""
+    fresh = deepcopy(source) | {"plans_name": output.stem}
+    if not output.exists():
+        return fresh
+    plans = load_plans(output.parent, output.stem)
+    same = all(plans["configurations"].get(name) == entries for name, entries in source["configurations"].items())
+    if same:
+        return plans
+    if overwrite:
+        return fresh
+    raise UsageError(
+        f"{output} exists and was made from other plans than {source['plans_name']}. Choose another name with -o, or "
+        "replace it with --overwrite."
+    )
+
+
+def _fitting(template: Template, bases: dict[str, int], wanted: list[str] | None) -> list[str]:
+    """The configurations that ``template`` is planned for; ``bases`` gives each one's dimension."""
+    if unknown := sorted(set(wanted or []) - set(bases)):
+        raise UsageError(
+            f"-c got {', '.join(unknown)}; the plans have {', '.join(bases) or 'no U-Net'}. Name some of those."
+        )
+    fitting = [name for name in wanted or bases if bases[name] in template.dimensions]
+    if not fitting or (wanted and fitting != wanted):
+        possible = " and ".join(f"{d}D" for d in template.dimensions)
+        raise UsageError(
+            f"Template {template.name} works in {possible}; got {', '.join(wanted or bases)}. Choose a configuration "
+            "of that dimension, or another template."
+        )
+    return fitting
+
+
+def _derive(template: Template, source: dict, bases: list[str], output_name: str, gpu_memory_target) -> dict[str, dict]:
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunet_dyn.planning import derive_configuration, network_planner
+
+    plans = PlansManager(source)
+    try:
+        planner = network_planner(plans, template, gpu_memory_target)
+    except (RuntimeError, FileNotFoundError) as error:
+        raise UsageError(f"nnU-Net's planner cannot start: {error}") from error
+    derived, cache = {}, {}
+    for base in bases:
+        entries = source["configurations"][base]
+        parent = entries.get("inherits_from")
+        if parent in bases and "architecture" not in entries:
+            configuration = {**entries, "inherits_from": f"{parent}_{template.name}"}
+        else:
+            try:
+                configuration = derive_configuration(planner, plans, base, cache)
+            except ValueError as error:
+                raise UsageError(f"Template {template.name} does not fit {base}: {error}") from error
+        for link in ("previous_stage", "next_stage"):
+            linked = plans.get_configuration(base).configuration.get(link)
+            if link not in template.configuration and linked in bases:
+                configuration[link] = f"{linked}_{template.name}"
+        name = f"{base}_{template.name}"
+        if "spacing" in template.configuration:
+            configuration["data_identifier"] = f"{output_name}_{name}"
+        derived[name] = configuration
+    return derived
+
+
+def _write(plans: dict, path: Path) -> None:
+    """Replace ``path`` in one step, so that no reader sees half a file and a failure leaves the old one."""
+    text = json.dumps(plans, indent=4)
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise JobError(f"Cannot write into {path.parent}: {error.strerror}. Nothing was changed.") from error
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise JobError(f"Cannot write {path}: {error.strerror}. The old file is untouched.") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _report(added: dict[str, dict], plans: dict, output: Path, dataset: str) -> None:
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    manager = PlansManager(plans)
+    width = max(map(len, added))
+    print(f"\n{'configuration':{width}}  {'patch size':17}  batch  preprocessed data")
+    for name in added:
+        configuration = manager.get_configuration(name)
+        patch = " × ".join(map(str, configuration.patch_size))
+        present = (output.parent / configuration.data_identifier).is_dir()
+        state = configuration.data_identifier + ("" if present else " (not there yet: nnUNetv2_preprocess)")
+        print(f"{name:{width}}  {patch:17}  {configuration.batch_size:5}  {state}")
+    print(f"\nWritten to {output}. Train one with nnU-Net's own trainer:")
+    print(f"  nnUNetv2_train {dataset} {next(iter(added))} 0 -p {output.stem}")

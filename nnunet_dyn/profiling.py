@@ -1,0 +1,390 @@
+"""`nnunet_dyn profile`: what each network costs, beside nnU-Net's own, before anything is trained."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+
+from nnunet_dyn.errors import JobError, UsageError
+from nnunet_dyn.plan import dataset_folder, load_plans
+from nnunet_dyn.trainers.catalogue import template_name, trainer_names
+
+STOCK = "nnUNetTrainer"
+
+UNITS = (
+    "MACs: multiply-accumulates of one patch at batch 1, plus the normalisations (5 per element with affine part). "
+    "Memory: fp32 tensors of one patch, as an accelerator allocates them, without parameters; training is what is "
+    "kept for the backward pass, inference the largest sum at any time. ×: relative to the first row."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to profile: a data set's plans, or a patch, or the paper's table")
+    what.add_argument("-d", metavar="DATASET", help="name or number of a preprocessed data set")
+    what.add_argument("-c", metavar="CONFIG", help="a configuration of its plans, such as 3d_fullres")
+    what.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="(default: %(default)s)")
+    what.add_argument("--patch", type=int, nargs="+", metavar="N", help="voxels per axis, as 128 128 128 or 256 256")
+    what.add_argument("--channels", type=int, default=1, help="image channels with --patch (default: %(default)s)")
+    what.add_argument("--classes", type=int, default=4, help="classes with --patch (default: %(default)s)")
+    what.add_argument("--table1", action="store_true", help="Martinho's Table 1, printed and reproduced")
+    parser.add_argument("-tr", metavar="TRAINER", nargs="+", help="(default: every trainer of this package)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for latency (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed forward passes; 0: none (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write everything to FILE")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to profile: how a trainer's network is built for a configuration.
+
+    Attributes:
+        trainer: a trainer name that nnU-Net finds.
+        patch_size: voxels per axis.
+        build: makes the network, on the CPU, without deep supervision.
+    """
+
+    trainer: str
+    configuration: str
+    patch_size: tuple[int, ...]
+    channels: int
+    build: object
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one network costs; units in :data:`UNITS`. Seconds are the median of the timed passes."""
+
+    trainer: str
+    configuration: str
+    patch_size: tuple[int, ...]
+    parameters: int
+    macs: int
+    memory_training: int
+    memory_inference: int
+    seconds: float | None
+    ratios: dict[str, float]
+    not_counted: dict[str, int]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Profile one row after the other, each printed as soon as it is known."""
+    if args.table1:
+        return _print_table1(args.json)
+    if args.json is not None and not args.json.parent.is_dir():
+        raise UsageError(f"--json got {args.json}; expected a file in a folder that exists.")
+    if args.rounds < 0:
+        raise UsageError(f"--rounds got {args.rounds}; expected 0 or more.")
+    subjects = _subjects(args)
+    device = _device(args.device)
+    print(f"patch {' × '.join(map(str, subjects[0].patch_size))}, {subjects[0].channels} channel(s), {device}")
+    print(f"{'trainer':32}{'parameters':>19}{'MACs':>19}{'training':>18}{'inference':>18}{'seconds':>16}")
+    profiles = []
+    for subject in subjects:
+        profile = profile_network(subject, subjects[0], device, args.rounds, profiles[0] if profiles else None)
+        profiles.append(profile)
+        _print_row(profile, subjects[0])
+    left_out = sorted({name.removeprefix("aten::") for profile in profiles for name in profile.not_counted})
+    print(f"\n{UNITS}\nNot counted among the MACs: {', '.join(left_out)}.")
+    if args.json is not None:
+        _write_json(args.json, {"device": str(device), "units": UNITS, "profiles": [asdict(p) for p in profiles]})
+    return 0
+
+
+def profile_network(subject: Subject, stock: Subject, device, rounds: int, reference: Profile | None) -> Profile:
+    """Count and time ``subject``; every timed pass is preceded by one of ``stock``, so that the ratio is fair.
+
+    Args:
+        reference: the profile of ``stock``, or ``None`` where ``subject`` is it.
+    """
+    from nnunet_dyn.accounting import activation_memory, count_operations, count_parameters
+
+    network = subject.build()
+    shape = (1, subject.channels, *subject.patch_size)
+    operations = count_operations(network, shape)
+    memory = activation_memory(network, shape)
+    costs = {
+        "parameters": count_parameters(network),
+        "macs": operations.total,
+        "memory_training": memory.training,
+        "memory_inference": memory.inference,
+    }
+    ratios = {key: value / getattr(reference or _Own(costs), key) for key, value in costs.items()}
+    seconds = None
+    if rounds:
+        timed = [network] if reference is None else [stock.build(), network]
+        shapes = [shape] if reference is None else [(1, stock.channels, *stock.patch_size), shape]
+        passes = latencies(timed, shapes, device, rounds)
+        seconds = statistics.median(row[-1] for row in passes)
+        ratios["seconds"] = statistics.median(row[-1] / row[0] for row in passes)
+    return Profile(
+        subject.trainer,
+        subject.configuration,
+        subject.patch_size,
+        **costs,
+        seconds=seconds,
+        ratios={key: round(value, 4) for key, value in ratios.items()},
+        not_counted=operations.not_counted,
+    )
+
+
+class _Own:
+    """Makes a network its own reference."""
+
+    def __init__(self, costs: dict[str, int]):
+        self.__dict__.update(costs)
+
+
+def latencies(networks: list, shapes: list[tuple[int, ...]], device, rounds: int) -> list[list[float]]:
+    """Seconds of one forward pass of each network in turn, ``rounds`` times, after a pass that is not timed.
+
+    As in nnU-Net's prediction: evaluation mode, no gradients, on CUDA under autocast.
+    """
+    import torch
+
+    inputs = [torch.randn(shape, device=device) for shape in shapes]
+    networks = [network.to(device).eval() for network in networks]
+
+    def forward(network, x) -> float:
+        start = time.perf_counter()
+        with torch.inference_mode(), torch.autocast(device.type, enabled=device.type == "cuda"):
+            network(x)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    rows = [[forward(*pair) for pair in zip(networks, inputs, strict=True)] for _ in range(rounds + 1)]
+    return rows[1:]
+
+
+def planned_configuration(patch_size: tuple[int, ...]) -> dict:
+    """The configuration that nnU-Net's default planner gives a patch of isotropic voxels.
+
+    Raises:
+        UsageError: not 2 or 3 axes, or an axis below 8 voxels or not divisible by its strides.
+    """
+    import torch
+    from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+
+    dimension = len(patch_size)
+    if dimension not in (2, 3) or min(patch_size) < 8:
+        raise UsageError(f"--patch got {list(patch_size)}; expected two or three numbers of at least 8.")
+    _, strides, kernels, fitting, _ = get_pool_and_conv_props([1.0] * dimension, patch_size, 4, 999999)
+    if tuple(fitting) != tuple(patch_size):
+        raise UsageError(
+            f"--patch got {list(patch_size)}; expected axes divisible by the strides, such as {list(map(int, fitting))}."
+        )
+    stages = len(strides)
+    widest = 512 if dimension == 2 else 320
+    conv, norm = (
+        getattr(torch.nn, f"{name}{dimension}d") for name in ("Conv", "InstanceNorm")
+    )
+    return {
+        "patch_size": list(patch_size),
+        "spacing": [1.0] * dimension,
+        "architecture": {
+            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+            "arch_kwargs": {
+                "n_stages": stages,
+                "features_per_stage": [min(widest, 32 * 2**stage) for stage in range(stages)],
+                "conv_op": f"{conv.__module__}.{conv.__name__}",
+                "kernel_sizes": kernels,
+                "strides": strides,
+                "n_conv_per_stage": [2] * stages,
+                "n_conv_per_stage_decoder": [2] * (stages - 1),
+                "conv_bias": True,
+                "norm_op": f"{norm.__module__}.{norm.__name__}",
+                "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+                "dropout_op": None,
+                "dropout_op_kwargs": None,
+                "nonlin": "torch.nn.LeakyReLU",
+                "nonlin_kwargs": {"inplace": True},
+            },
+            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+        },
+    }
+
+
+def _subjects(args: argparse.Namespace) -> list[Subject]:
+    """The stock network first, then what was asked for."""
+    names = args.tr or [name for name in trainer_names() if "ImageNet" not in name]
+    names = [name for name in names if name != STOCK]
+    if args.patch is not None:
+        if args.d is not None:
+            raise UsageError("Got both -d and --patch; expected one of them.")
+        if args.channels < 1 or args.classes < 2:
+            raise UsageError(
+                f"Got --channels {args.channels} --classes {args.classes}; expected at least 1 channel and 2 classes."
+            )
+        name = f"{len(args.patch)}d"
+        plans = {"plans_name": "--patch", "configurations": {name: planned_configuration(tuple(args.patch))}}
+        pairs = [(name, trainer) for trainer in (STOCK, *names)]
+        channels, classes = args.channels, args.classes
+    else:
+        if args.d is None or args.c is None:
+            raise UsageError("Got neither a data set with a configuration (-d, -c) nor --patch; expected one of them.")
+        folder = dataset_folder(args.d)
+        plans = load_plans(folder, args.p)
+        pairs, names = _of_plans(plans, args, names)
+        channels, classes = _channels_and_classes(plans, args.c, folder)
+    return [_subject(plans, configuration, trainer, channels, classes) for configuration, trainer in pairs]
+
+
+def _of_plans(plans: dict, args: argparse.Namespace, names: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """(configuration, trainer) pairs; a derived configuration is set beside the one it comes from."""
+    from nnunet_dyn.planning import source_configurations
+
+    if args.c not in plans["configurations"]:
+        raise UsageError(f"-c got {args.c!r}; {args.p} has {', '.join(plans['configurations'])}. Name one of those.")
+    if args.c in source_configurations(plans):
+        return [(args.c, trainer) for trainer in (STOCK, *names)], names
+    source = args.c
+    while source not in source_configurations(plans):
+        source = plans["configurations"][source].get("inherits_from")
+        if source is None:
+            raise UsageError(f"{args.c} comes from no configuration with one of nnU-Net's U-Nets; nothing to compare.")
+    trainers = args.tr or [STOCK]
+    return [(source, STOCK), *((args.c, trainer) for trainer in trainers)], trainers
+
+
+def _channels_and_classes(plans: dict, configuration: str, folder: Path) -> tuple[int, int]:
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    manager = PlansManager(plans)
+    dataset = json.loads((folder / "dataset.json").read_text())
+    labels = manager.get_label_manager(dataset)
+    channels = determine_num_input_channels(manager, manager.get_configuration(configuration), dataset)
+    return channels, labels.num_segmentation_heads
+
+
+def _subject(plans: dict, configuration: str, trainer: str, channels: int, classes: int) -> Subject:
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    manager = PlansManager(plans)
+    planned = manager.get_configuration(configuration)
+
+    def build():
+        try:
+            with redirect_stdout(StringIO()):  # nnU-Net reports its search
+                trainer_class = recursive_find_trainer_class_by_name(trainer)
+        except RuntimeError as error:
+            raise UsageError(f"nnU-Net finds no trainer {trainer}. Run 'nnunet_dyn doctor {trainer}'.") from error
+        try:
+            return trainer_class.build_network_architecture(manager, planned, channels, classes, False)
+        except ValueError as error:
+            raise UsageError(f"{trainer} cannot serve {configuration}: {error}") from error
+
+    return Subject(trainer, configuration, tuple(planned.patch_size), channels, build)
+
+
+def _device(name: str):
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise JobError("--device cuda: no CUDA device here. Take --device cpu, or run where there is one.")
+    return torch.device(name)
+
+
+def _print_row(profile: Profile, stock: Subject) -> None:
+    def cell(value: float, unit: float, key: str, digits: int = 2) -> str:
+        return f"{value / unit:,.{digits}f} {profile.ratios[key]:5.2f}×"
+
+    seconds = "" if profile.seconds is None else cell(profile.seconds, 1, "seconds", 3)
+    name = profile.trainer if profile.configuration == stock.configuration else f"{profile.trainer} {profile.configuration}"
+    print(
+        f"{name:32}{cell(profile.parameters, 1e6, 'parameters') + ' M':>19}{cell(profile.macs, 1e9, 'macs') + ' G':>19}"
+        f"{cell(profile.memory_training, 2**20, 'memory_training', 0) + ' MB':>18}"
+        f"{cell(profile.memory_inference, 2**20, 'memory_inference', 0) + ' MB':>18}{seconds:>16}",
+        flush=True,
+    )
+
+
+def read_table1() -> list[dict[str, str]]:
+    """Martinho's Table 1: what the paper prints (``paper_…``) and the exact values behind it, a row a network."""
+    # Without newline translation, so that the table reads the same on every system.
+    with open(Path(__file__).with_name("table1.csv"), newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def reproduce_table1(row: dict[str, str]) -> dict[str, int]:
+    """Parameters and operations of the network of one row of Table 1, counted as the paper counts.
+
+    Two patches of 128³; the encoder's parameters include the classification head, which never runs.
+    """
+    from nnunet_dyn.accounting import count_operations, count_parameters
+    from nnunet_dyn.planning import build_network, derived_architecture
+    from nnunet_dyn.plans_templates import load_template
+
+    name = row["name"].replace("UNetV2-", "-v2").replace("UNet", "").replace("Efficient", "Eff").replace("-", "").lower()
+    architecture = planned_configuration((128, 128, 128))["architecture"]
+    if name == "generic":
+        template = load_template("fullyeffgeneric")
+        planned = derived_architecture(template, architecture)
+        planned["arch_kwargs"]["decoder"] = "plain"
+    else:
+        template = load_template(name)
+        planned = derived_architecture(template, architecture)
+    network = build_network(planned, 1, int(row["num_classes"]), allow_init=False)
+    operations = count_operations(network, (2, 1, 128, 128, 128))
+    variant = getattr(network.encoder, "variant", None)
+    head = 0
+    if variant is not None:
+        head = variant.stages[-1].channels * variant.head_channels + 2 * variant.head_channels
+        head += (variant.head_channels + 1) * 1000
+    blocks = [f"decoder.stages.{level}" for level in range(len(network.decoder.stages))]
+    return {
+        "flops_net": operations.total,
+        "flops_enc": operations.by_module["encoder"],
+        "flops_dec": sum(operations.by_module[block] for block in blocks),
+        "params_net": count_parameters(network) + head,
+        "params_enc": count_parameters(network.encoder) + head,
+        "params_dec": count_parameters(network.decoder.stages),
+    }
+
+
+def agrees(value: int, printed: str) -> bool:
+    """Whether ``value`` is ``printed`` (such as 0.958T or 31.196M) at the digits that are printed."""
+    unit = {"M": 1e6, "G": 1e9, "T": 1e12}[printed[-1]]
+    return abs(value / unit - float(printed[:-1])) <= 0.5e-3 * (1 + 1e-9)
+
+
+def _print_table1(json_file: Path | None) -> int:
+    cells = ("flops_net", "flops_enc", "flops_dec", "params_net", "params_enc", "params_dec")
+    print("Martinho, Table 1: printed | reproduced here. FLOPs as the paper counts them, two patches of 128³.")
+    print(f"{'network':24}" + "".join(f"{cell:>20}" for cell in cells))
+    rows = []
+    for row in read_table1():
+        ours = reproduce_table1(row)
+        line, differs = f"{row['name']:24}", []
+        for cell in cells:
+            printed = row[f"paper_{cell}"]
+            unit = {"M": 1e6, "G": 1e9, "T": 1e12}[printed[-1]]
+            line += f"{f'{printed} | {ours[cell] / unit:.3f}':>20}"
+            if not agrees(ours[cell], printed):
+                differs.append(cell)
+        print(line + (f"  differs: {', '.join(differs)}" if differs else ""), flush=True)
+        rows.append({"name": row["name"], "paper": {c: row[f"paper_{c}"] for c in cells}, "reproduced": ours})
+    print(
+        "\nFullyEfficientUNet-b4 is printed with the cells of EfficientUNet-b4; the reproduced ones are its own. "
+        "The encoder's parameters include a classification head that never runs and is not built here."
+    )
+    if json_file is not None:
+        _write_json(json_file, {"rows": rows})
+    return 0
+
+
+def _write_json(path: Path, content: dict) -> None:
+    try:
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise JobError(f"Cannot write {path}: {error.strerror}.") from error
+    print(f"Written to {path}", file=sys.stderr)

@@ -1,0 +1,255 @@
+"""``nnunet_dyn plan``: from plans that nnU-Net's own planners wrote to configurations that its trainer can train."""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
+    nnUNetPlannerResEncM,
+)
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_dyn import cli
+from nnunet_dyn.architectures.efficient_unet import EfficientUNet, GenericUNet
+from nnunet_dyn.planning import network_planner
+from nnunet_dyn.plans_templates import load_template
+
+DATASET = "Dataset997_Plans"
+PLANNERS = {"nnUNetPlans": ExperimentPlanner, "nnUNetResEncUNetMPlans": nnUNetPlannerResEncM}
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """A data set as far as planning reads it; call it with a shape and spacing, and the plans to make."""
+    for kind in ("raw", "preprocessed", "results"):
+        (tmp_path / kind / DATASET).mkdir(parents=True)
+        monkeypatch.setenv(f"nnUNet_{kind}", str(tmp_path / kind))
+    raw, folder = tmp_path / "raw" / DATASET, tmp_path / "preprocessed" / DATASET
+    for kind in ("imagesTr", "labelsTr"):
+        (raw / kind).mkdir()
+
+    def make(shape=(40, 56, 40), spacing=(1.0, 1.0, 1.0), plans="nnUNetPlans", cases=40, target=8):
+        names = [f"case_{number:03d}" for number in range(cases)]
+        for name in names:
+            (raw / "imagesTr" / f"{name}_0000.nii.gz").touch()
+            (raw / "labelsTr" / f"{name}.nii.gz").touch()
+        content = {
+            "channel_names": {"0": "MR"},
+            "labels": {"background": 0, "a": 1, "b": 2},
+            "numTraining": cases,
+            "file_ending": ".nii.gz",
+            "overwrite_image_reader_writer": "SimpleITKIO",
+        }
+        (raw / "dataset.json").write_text(json.dumps(content))
+        fingerprint = {
+            "spacings": [list(spacing)] * cases,
+            "shapes_after_crop": [list(shape)] * cases,
+            "median_relative_size_after_cropping": 1.0,
+            "foreground_intensity_properties_per_channel": {},
+        }
+        (folder / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+        PLANNERS[plans](DATASET, target, plans_name=plans).plan_experiment()
+        return folder
+
+    return make
+
+
+def plan(*arguments) -> int:
+    return cli.main(["plan", "-d", "997", *map(str, arguments)])
+
+
+def read(folder, name="nnUNetDynPlans") -> PlansManager:
+    return PlansManager(str(folder / f"{name}.json"))
+
+
+@pytest.mark.parametrize("source", PLANNERS)
+@pytest.mark.parametrize(
+    ("shape", "spacing"), [((40, 56, 40), (1.0, 1.0, 1.0)), ((20, 120, 120), (5.0, 1.0, 1.0))], ids=["iso", "aniso"]
+)
+def test_derived_configurations_train_with_the_stock_trainer(dataset, source, shape, spacing):
+    folder = dataset(shape, spacing, source, target=2 if source == "nnUNetPlans" else 8)
+    assert plan("-t", "effb0", "fullyeffgeneric", "-p", source, "-gpu_memory_target", 2) == 0
+    plans, original = read(folder), read(folder, source)
+    assert plans.plans_name == "nnUNetDynPlans"
+    expected = {f"{base}_{t}" for base in ("2d", "3d_fullres") for t in ("effb0", "fullyeffgeneric")}
+    assert set(plans.available_configurations) - set(original.available_configurations) == expected
+    for name in sorted(expected):
+        derived, base = plans.get_configuration(name), original.get_configuration(name.rpartition("_")[0])
+        for shared in ("data_identifier", "spacing", "normalization_schemes", "resampling_fn_data", "batch_dice"):
+            assert derived.configuration[shared] == base.configuration[shared]
+        network = nnUNetTrainer.build_network_architecture(plans, derived, 1, 3, True)
+        assert type(network) is (GenericUNet if "generic" in name else EfficientUNet)
+        with torch.device("meta"):
+            outputs = network.to("meta")(torch.empty(1, 1, *derived.patch_size))
+        assert len(outputs) == len(derived.pool_op_kernel_sizes) - 1
+        assert list(outputs[0].shape[2:]) == list(derived.patch_size)
+        assert derived.batch_size >= 2
+
+
+def test_patch_and_batch_follow_the_networks_memory(dataset):
+    folder = dataset((160, 160, 160), cases=200)
+    plans = read(folder, "nnUNetPlans")
+    voxels = {}
+    for target in (4, 8):
+        for template in ("effb0", "fullyeffv2l"):
+            plan("-t", template, "-c", "3d_fullres", "-gpu_memory_target", target, "--overwrite")
+            derived = read(folder).get_configuration(f"3d_fullres_{template}")
+            voxels[template, target] = torch.tensor(derived.patch_size).prod().item() * derived.batch_size
+            planner = network_planner(plans, load_template(template), target)
+            network = nnUNetTrainer.build_network_architecture(read(folder), derived, 1, 3, False)
+            feature_maps = network.compute_conv_feature_map_size(derived.patch_size) * derived.batch_size / 2
+            limit = planner.UNet_reference_val_3d * target / 8
+            # The batch size is a whole number, so half a sample more is nnU-Net's own tolerance.
+            assert feature_maps <= limit * (1 + 0.5 / derived.batch_size)
+            assert feature_maps > 0.5 * limit
+    assert voxels["effb0", 8] > voxels["effb0", 4] > voxels["fullyeffv2l", 4]
+    assert voxels["fullyeffv2l", 8] > voxels["fullyeffv2l", 4]
+
+
+def test_cascades_are_linked_among_themselves(dataset):
+    folder = dataset((400, 400, 400))
+    assert "3d_cascade_fullres" in read(folder, "nnUNetPlans").available_configurations
+    assert plan("-t", "effv2s") == 0
+    plans = read(folder)
+    lowres, cascade = (plans.get_configuration(f"3d_{kind}_effv2s") for kind in ("lowres", "cascade_fullres"))
+    assert lowres.next_stage_names == ["3d_cascade_fullres_effv2s"]
+    assert cascade.previous_stage_name == "3d_lowres_effv2s"
+    fullres = plans.get_configuration("3d_fullres_effv2s")
+    assert cascade.patch_size == fullres.patch_size and cascade.network_arch_init_kwargs["encoder"] == "v2s"
+    assert fullres.previous_stage_name is None
+
+
+def test_plans_grow_and_existing_names_are_refused(dataset, capsys):
+    folder = dataset()
+    assert plan("-t", "effb0") == 0
+    assert plan("-t", "effb1") == 0
+    before = (folder / "nnUNetDynPlans.json").read_text()
+    assert {"2d_effb0", "2d_effb1", "3d_fullres_effb0"} < set(json.loads(before)["configurations"])
+    assert plan("-t", "effb2", "effb1") == 2
+    assert "already has 2d_effb1, 3d_fullres_effb1" in capsys.readouterr().err
+    assert (folder / "nnUNetDynPlans.json").read_text() == before
+    assert plan("-t", "effb1", "--overwrite", "-gpu_memory_target", "0.5") == 0
+    assert set(json.loads((folder / "nnUNetDynPlans.json").read_text())["configurations"]) == set(
+        json.loads(before)["configurations"]
+    )
+
+
+def test_plans_of_another_origin_are_not_mixed(dataset, capsys):
+    folder = dataset()
+    assert plan("-t", "effb0") == 0
+    dataset((64, 64, 64))
+    assert plan("-t", "effb1") == 2
+    assert "made from other plans than nnUNetPlans" in capsys.readouterr().err
+    assert plan("-t", "effb1", "--overwrite") == 0
+    assert "2d_effb0" not in read(folder).available_configurations
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-p", "nnUNetOtherPlans"], "No plans nnUNetOtherPlans in .*; there are: nnUNetPlans. Run"),
+        (["-t", "effv3"], "Unknown template 'effv3'. Expected one of effb0, "),
+        (["-t", "missing.json"], "Cannot read the template missing.json: No such file"),
+        (["-o", "nnUNetPlans"], "-o got 'nnUNetPlans'; expected a name other than 'nnUNetPlans'"),
+        (["-o", "a__b"], "without double underscore"),
+        (["-c", "3d_lowres"], "-c got 3d_lowres; the plans have 2d, 3d_fullres"),
+        (["-gpu_memory_target", "0"], "expected gigabytes, more than 0"),
+    ],
+)
+def test_bad_usage_is_one_line_and_writes_nothing(dataset, capsys, arguments, message):
+    folder = dataset()
+    before = sorted(folder.iterdir())
+    assert plan(*(["-t", "effb0"] if "-t" not in arguments else []), *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(message, error)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_unknown_data_set_and_missing_folders(dataset, capsys, monkeypatch):
+    dataset()
+    assert cli.main(["plan", "-d", "123", "-t", "effb0"]) == 2
+    assert "No data set '123'" in capsys.readouterr().err
+    monkeypatch.delenv("nnUNet_preprocessed")
+    assert plan("-t", "effb0") == 2
+    assert "nnUNet_preprocessed is not set; expected a folder" in capsys.readouterr().err
+
+
+def test_plans_of_an_older_nnunet(dataset, capsys):
+    folder = dataset()
+    plans = json.loads((folder / "nnUNetPlans.json").read_text())
+    del plans["configurations"]["2d"]["architecture"]
+    plans["configurations"]["2d"]["UNet_class_name"] = "PlainConvUNet"
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    assert plan("-t", "effb0") == 2
+    assert "made by an older nnU-Net: 2d without an architecture. Plan again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("call", ["mkstemp", "replace"])
+def test_a_folder_that_cannot_be_written_keeps_the_old_file(dataset, capsys, monkeypatch, call):
+    folder = dataset()
+    assert plan("-t", "effb0") == 0
+    before = sorted(folder.iterdir()), (folder / "nnUNetDynPlans.json").read_text()
+
+    def fail(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkstemp" if call == "mkstemp" else "os.replace", fail)
+    assert plan("-t", "effb1") == 1
+    assert "Cannot write" in capsys.readouterr().err
+    assert (sorted(folder.iterdir()), (folder / "nnUNetDynPlans.json").read_text()) == before
+
+
+class TestOwnTemplate:
+    CONTENT = load_template("effb0").__dict__ | {"dimensions": [2]}
+
+    def write(self, path, **changes):
+        content = {key: value for key, value in self.CONTENT.items() if key != "name"} | changes
+        path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+        return path
+
+    def test_two_dimensional_one(self, dataset, tmp_path, capsys):
+        folder = dataset()
+        mine = self.write(tmp_path / "mine.json", arch_kwargs={"encoder": "b1"}, configuration={"batch_size": 3})
+        assert plan("-t", mine) == 0
+        assert set(read(folder).available_configurations) == {"2d", "3d_fullres", "2d_mine"}
+        derived = read(folder).get_configuration("2d_mine")
+        assert derived.batch_size == 3 and derived.network_arch_init_kwargs["encoder"] == "b1"
+        assert plan("-t", mine, "-c", "3d_fullres", "-o", "Others") == 2
+        assert "Template mine works in 2D; got 3d_fullres" in capsys.readouterr().err
+
+    def test_a_spacing_of_its_own_takes_its_own_data(self, dataset, tmp_path, capsys):
+        folder = dataset()
+        mine = self.write(tmp_path / "mine.json", dimensions=[3], configuration={"spacing": [2.0, 2.0, 2.0]})
+        assert plan("-t", mine) == 0
+        assert read(folder).get_configuration("3d_fullres_mine").data_identifier == "nnUNetDynPlans_3d_fullres_mine"
+        assert "not there yet: nnUNetv2_preprocess" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"family": ...}, "without family"),
+            ({"patch": [1]}, "unknown patch; expected summary"),
+            ({"dimensions": [4]}, "dimensions got [4]; expected [2], [3] or [2, 3]"),
+            ({"arch_kwargs": []}, "arch_kwargs got []; expected an object"),
+            ({"configuration": {"patch": 1}}, "configuration got patch; expected patch_size"),
+            ({"network_class_name": "nowhere.Network"}, "expected the dotted path of a class"),
+            ({"configuration": {"patch_size": [30, 30]}}, "got patch size [30, 30]; expected every axis divisible"),
+        ],
+    )
+    def test_the_rules(self, dataset, tmp_path, capsys, changes, message):
+        folder = dataset()
+        assert plan("-t", self.write(tmp_path / "mine.json", **changes)) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert message in error and "mine" in error
+        assert not (folder / "nnUNetDynPlans.json").exists()
+
+
+def test_the_file_is_readable_like_its_neighbours(dataset):
+    folder = dataset()
+    plan("-t", "effb0")
+    modes = {os.stat(folder / name).st_mode for name in ("nnUNetPlans.json", "nnUNetDynPlans.json")}
+    assert len(modes) == 1
