@@ -26,7 +26,7 @@ def saved_bytes(network: nn.Module, x: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a tensor that knows its graph would keep it alive for good
 
     network.train()
     network.decoder.deep_supervision = True

@@ -56,17 +56,16 @@ def run(args: argparse.Namespace) -> int:
             print(f"\n{textwrap.fill(f'{family}. {method.paper}' if method.paper else family, 118)}")
         dimensions = " ".join(f"{dimension}D" for dimension in method.dimensions)
         name, *others = method.trainers
+        cost = f"{method.parameters / 1e6:10.1f} M{method.macs / 1e9:10.0f} G"
         print(
-            f"  {name:36}{method.template or '-':18}{dimensions:12}{method.parameters / 1e6:10.1f} M{method.macs / 1e9:10.0f} G"
-            f"  {method.own_procedure or 'no'}",
-            flush=True,
+            f"  {name:36}{method.template or '-':18}{dimensions:12}{cost}  {method.own_procedure or 'no'}", flush=True
         )
         for other in others:
             print(f"  {other}")
     patches = " and ".join("×".join(map(str, patch)) for patch in REFERENCE_PATCHES.values())
     print(
-        f"\nMACs of one patch ({patches}; the 3D one where a method has both), 1 channel, 4 classes, default plan; what is "
-        "counted: nnunet_dyn profile.\nEvery trainer also takes _<N>epochs and then _<N>iters: "
+        f"\nMACs of one patch ({patches}; the 3D one where a method has both), 1 channel, 4 classes, default plan; "
+        "nnunet_dyn profile says what is counted.\nEvery trainer also takes _<N>epochs and then _<N>iters: "
         "nnUNetTrainerEffV2S_20epochs_50iters."
     )
     return 0

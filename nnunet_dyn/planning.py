@@ -85,7 +85,9 @@ def is_planned_unet(configuration: dict) -> bool:
     return module != "nnunet_dyn" and all(key in architecture["arch_kwargs"] for key in UNET_KEYS)
 
 
-def network_planner(plans: PlansManager, template: Template, gpu_memory_target_in_gb: float | None) -> ExperimentPlanner:
+def network_planner(
+    plans: PlansManager, template: Template, gpu_memory_target_in_gb: float | None
+) -> ExperimentPlanner:
     """nnU-Net's planner that made ``plans``, turned to the memory of another network.
 
     It finds patch, strides, widths and batch size as nnU-Net does, from what ``template``'s network says of its

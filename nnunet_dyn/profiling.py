@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.plan import dataset_folder, load_plans
-from nnunet_dyn.trainers.catalogue import template_name, trainer_names
+from nnunet_dyn.trainers.catalogue import trainer_names
 
 STOCK = "nnUNetTrainer"
 
@@ -178,14 +178,11 @@ def planned_configuration(patch_size: tuple[int, ...]) -> dict:
         raise UsageError(f"--patch got {list(patch_size)}; expected two or three numbers of at least 8.")
     _, strides, kernels, fitting, _ = get_pool_and_conv_props([1.0] * dimension, patch_size, 4, 999999)
     if tuple(fitting) != tuple(patch_size):
-        raise UsageError(
-            f"--patch got {list(patch_size)}; expected axes divisible by the strides, such as {list(map(int, fitting))}."
-        )
+        nearest = [int(size) for size in fitting]
+        raise UsageError(f"--patch got {list(patch_size)}; expected axes divisible by the strides, such as {nearest}.")
     stages = len(strides)
     widest = 512 if dimension == 2 else 320
-    conv, norm = (
-        getattr(torch.nn, f"{name}{dimension}d") for name in ("Conv", "InstanceNorm")
-    )
+    conv, norm = (getattr(torch.nn, f"{name}{dimension}d") for name in ("Conv", "InstanceNorm"))
     return {
         "patch_size": list(patch_size),
         "spacing": [1.0] * dimension,
@@ -299,7 +296,11 @@ def _print_row(profile: Profile, stock: Subject) -> None:
         return f"{value / unit:,.{digits}f} {profile.ratios[key]:5.2f}×"
 
     seconds = "" if profile.seconds is None else cell(profile.seconds, 1, "seconds", 3)
-    name = profile.trainer if profile.configuration == stock.configuration else f"{profile.trainer} {profile.configuration}"
+    name = (
+        profile.trainer
+        if profile.configuration == stock.configuration
+        else f"{profile.trainer} {profile.configuration}"
+    )
     print(
         f"{name:32}{cell(profile.parameters, 1e6, 'parameters') + ' M':>19}{cell(profile.macs, 1e9, 'macs') + ' G':>19}"
         f"{cell(profile.memory_training, 2**20, 'memory_training', 0) + ' MB':>18}"
@@ -318,13 +319,15 @@ def read_table1() -> list[dict[str, str]]:
 def reproduce_table1(row: dict[str, str]) -> dict[str, int]:
     """Parameters and operations of the network of one row of Table 1, counted as the paper counts.
 
-    Two patches of 128³; the encoder's parameters include the classification head, which never runs.
+    Two patches of 128³, every head of deep supervision; the encoder's parameters include the classification head, which never runs.
     """
     from nnunet_dyn.accounting import count_operations, count_parameters
     from nnunet_dyn.planning import build_network, derived_architecture
     from nnunet_dyn.plans_templates import load_template
 
-    name = row["name"].replace("UNetV2-", "-v2").replace("UNet", "").replace("Efficient", "Eff").replace("-", "").lower()
+    name = (
+        row["name"].replace("UNetV2-", "-v2").replace("UNet", "").replace("Efficient", "Eff").replace("-", "").lower()
+    )
     architecture = planned_configuration((128, 128, 128))["architecture"]
     if name == "generic":
         template = load_template("fullyeffgeneric")
@@ -333,7 +336,7 @@ def reproduce_table1(row: dict[str, str]) -> dict[str, int]:
     else:
         template = load_template(name)
         planned = derived_architecture(template, architecture)
-    network = build_network(planned, 1, int(row["num_classes"]), allow_init=False)
+    network = build_network(planned, 1, int(row["num_classes"]), allow_init=False, deep_supervision=True)
     operations = count_operations(network, (2, 1, 128, 128, 128))
     variant = getattr(network.encoder, "variant", None)
     head = 0

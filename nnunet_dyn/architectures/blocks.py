@@ -6,6 +6,7 @@ Sources: MBConv from Sandler et al. 2018 (MobileNetV2) and Tan & Le 2019 (Effici
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -129,8 +130,19 @@ class ConvNormAct(nn.Module):
         return self.conv._conv_forward(x, weight, bias)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
-        """Elements that the convolution writes for one sample of ``input_size`` voxels (nnU-Net's memory unit)."""
-        return np.prod([self.conv.out_channels, *strided_size(input_size, self.conv.stride)], dtype=np.int64)
+        """Memory of one training sample of ``input_size`` voxels, in the unit of :func:`kept_maps`."""
+        # The convolution's output, the normalised map, and SiLU's (which does not work in place).
+        kept = 2 if isinstance(self.nonlin, nn.Identity) else 3
+        return kept_maps(kept, self.conv.out_channels, strided_size(input_size, self.conv.stride))
+
+
+def kept_maps(maps: float, channels: int, size: Sequence[int]) -> np.int64:
+    """Elements of ``maps`` maps that autograd keeps, in nnU-Net's unit of memory.
+
+    That unit is what a convolution of ``PlainConvUNet`` costs per element it writes: two kept maps, its output and the
+    normalised one, on which the activation works in place.
+    """
+    return np.int64(maps * channels * math.prod(int(s) for s in size) / 2)
 
 
 def strided_size(input_size: Sequence[int], stride: Sequence[int]) -> list[int]:
@@ -154,6 +166,10 @@ class SqueezeExcite(nn.Module):
         gate = torch.sigmoid(self.expand(F.silu(self.reduce(pooled))))
         return x * gate if torch.is_grad_enabled() else x.mul_(gate)
 
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
+        """Memory of one training sample of ``input_size`` voxels: the gated map, in the unit of :func:`kept_maps`."""
+        return kept_maps(1, self.expand.out_channels, input_size)
+
 
 class _ResidualBlock(nn.Module):
     """What MBConv and FusedMBConv share: the branch, the shortcut where shapes allow, and stochastic depth."""
@@ -176,12 +192,12 @@ class _ResidualBlock(nn.Module):
         return y + x if torch.is_grad_enabled() else y.add_(x)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
-        """Elements that the block's convolutions write for one sample; the expanded maps count, gates do not."""
+        """Memory of one training sample of ``input_size`` voxels, in the unit of :func:`kept_maps`."""
         total = np.int64(0)
         for name in self.branch_names:
             module = getattr(self, name)
+            total += module.compute_conv_feature_map_size(input_size)
             if isinstance(module, ConvNormAct):
-                total += module.compute_conv_feature_map_size(input_size)
                 input_size = strided_size(input_size, module.conv.stride)
         return total
 

@@ -22,7 +22,14 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from nnunet_dyn.architectures.blocks import FusedMBConv, MBConv, fast_norm_op, strided_size, to_fast_layout
+from nnunet_dyn.architectures.blocks import (
+    FusedMBConv,
+    MBConv,
+    fast_norm_op,
+    kept_maps,
+    strided_size,
+    to_fast_layout,
+)
 from nnunet_dyn.architectures.efficientnet import BATCH_NORM_KWARGS, DeepGroups, EfficientNetEncoder, per_stage
 from nnunet_dyn.architectures.imagenet import load_imagenet
 
@@ -72,6 +79,7 @@ class EfficientDecoder(nn.Module):
     ):
         super().__init__()
         self.deep_supervision = deep_supervision
+        self.skip_channels = skip_channels
         self.strides = strides
         self.total_stride = tuple(math.prod(axis) for axis in zip(*strides, strict=True))
         transpconv_op = get_matching_convtransp(conv_op=conv_op)
@@ -124,7 +132,7 @@ class EfficientDecoder(nn.Module):
         return outputs[::-1] if self.deep_supervision else outputs[0]
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
-        """Elements that all convolutions write for one sample; ``input_size`` is that of the network's input."""
+        """Memory of one training sample, in nnU-Net's unit; ``input_size`` is that of the network's input."""
         sizes = []
         for stride in self.strides[:-1]:
             input_size = strided_size(input_size, stride)
@@ -134,12 +142,12 @@ class EfficientDecoder(nn.Module):
             zip(self.transpconvs, self.stages, self.seg_layers, strict=True)
         ):
             size = sizes[-(level + 1)]
-            voxels = np.prod(size, dtype=np.int64)
-            total += transpconv.out_channels * voxels
+            # Of the transposed convolution and the skip, their concatenation is what is kept.
+            total += kept_maps(1, transpconv.out_channels + self.skip_channels[-(level + 2)], size)
             for block in stage if isinstance(stage, nn.Sequential) else [stage]:
                 total += block.compute_conv_feature_map_size(size)
             if self.deep_supervision or level == len(self.stages) - 1:
-                total += seg_layer.out_channels * voxels
+                total += kept_maps(2, seg_layer.out_channels, size)
         return total
 
 
@@ -169,7 +177,11 @@ class _UNet(nn.Module):
         return self.decoder(self.encoder(to_fast_layout(x)))
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
-        """Elements that all convolutions write for one sample of ``input_size`` voxels (nnU-Net's memory unit)."""
+        """Memory of one training sample of ``input_size`` voxels, in nnU-Net's unit (``blocks.kept_maps``).
+
+        Two fp32 maps are one unit per element; within a few per cent of what autograd keeps
+        (``benchmarks/memory.py``).
+        """
         return self.encoder.compute_conv_feature_map_size(input_size) + self.decoder.compute_conv_feature_map_size(
             input_size
         )

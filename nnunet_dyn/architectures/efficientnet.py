@@ -292,7 +292,7 @@ class EfficientNetEncoder(nn.Module):
         return outputs
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
-        """Elements that all convolutions write for one sample of ``input_size`` voxels (nnU-Net's memory unit)."""
+        """Memory of one training sample of ``input_size`` voxels, in nnU-Net's unit (``blocks.kept_maps``)."""
         total = np.int64(0)
         for stage, stride in zip(self.stages, self.strides, strict=True):
             size = strided_size(input_size, stride)

@@ -99,9 +99,10 @@ def test_stochastic_depth_drops_whole_samples():
     assert torch.equal(module.eval()(x[:1]), module(x[:1])) and (module(x) - x).abs().amax() > 0
 
 
-def test_feature_map_size_counts_the_expanded_maps():
+def test_feature_map_size_counts_what_is_kept():
     module = MBConv(nn.Conv2d, 8, 16, 3, 2, 6, 2, blocks.InstanceNorm2d, AFFINE)
-    assert module.compute_conv_feature_map_size((8, 8)) == 48 * 64 + 48 * 16 + 16 * 16
+    expanded, depthwise, gated, projected = 3 * 48 * 64, 3 * 48 * 16, 48 * 16, 2 * 16 * 16
+    assert module.compute_conv_feature_map_size((8, 8)) == (expanded + depthwise + gated + projected) / 2
 
 
 @pytest.mark.parametrize("dimension", [2, 3])

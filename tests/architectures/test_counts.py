@@ -5,7 +5,6 @@ from plans import NETWORKS, build
 
 from nnunet_dyn.accounting import count_operations, count_parameters
 from nnunet_dyn.architectures.efficientnet import VARIANTS
-
 from nnunet_dyn.profiling import read_table1
 
 TABLE = read_table1()

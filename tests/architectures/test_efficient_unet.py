@@ -9,6 +9,7 @@ from plans import NETWORKS, arch_kwargs, build
 from torch import nn
 
 import nnunet_dyn.architectures.efficient_unet as efficient_unet
+from nnunet_dyn.accounting import activation_memory
 from nnunet_dyn.architectures import blocks, efficientnet
 from nnunet_dyn.architectures.blocks import MBConv
 from nnunet_dyn.architectures.efficient_unet import RESIDUAL_SCALE, EfficientUNet, GenericUNet
@@ -159,19 +160,31 @@ def test_names_that_plans_and_checkpoints_rely_on():
     } <= keys
 
 
-def test_memory_estimate_is_the_size_of_the_convolutions_outputs():
-    for name in ("EfficientUNet-v2s", "FullyEfficientUNet-b0", "FullyEffGenericUNet"):
-        network = build(name, **SMALL)
-        written = []
-        handles = [
-            m.register_forward_hook(lambda module, args, out, sizes=written: sizes.append(out.numel()))
-            for part, m in network.named_modules()
-            if isinstance(m, (nn.Conv3d, nn.ConvTranspose3d)) and "squeeze_excite" not in part
-        ]
-        network(torch.randn(1, 1, 16, 16, 16))
-        for handle in handles:
-            handle.remove()
-        assert network.compute_conv_feature_map_size((16, 16, 16)) == sum(written)
+@pytest.mark.parametrize("dimension", [2, 3])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_planned_memory_is_the_memory_that_training_keeps(name, dimension):
+    """In nnU-Net's unit: eight bytes in fp32, two maps a convolution of ``PlainConvUNet``."""
+    network = build(name, dimension=dimension, n_stages=4, features=(16, 32, 64, 64))
+    patch = (64, 64, 64)[:dimension]
+    kept = activation_memory(network, (1, 1, *patch)).training
+    assert network.compute_conv_feature_map_size(patch) * 8 == pytest.approx(kept, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["EfficientUNet-v2s", "FullyEfficientUNet-b0", "FullyEffGenericUNet"])
+def test_planned_memory_is_what_autograd_saves_on_a_cpu(name):
+    network = build(name, n_stages=4, features=(16, 32, 64, 64))
+    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()  # a tensor that knows its graph would keep it alive for good
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = network(torch.randn(1, 1, 32, 32, 32))
+    kept = sum(size for pointer, size in saved.items() if pointer not in parameters)
+    assert network.compute_conv_feature_map_size((32, 32, 32)) * 8 == pytest.approx(kept, rel=0.15)
+    del outputs
 
 
 def test_bad_input_says_got_expected_remedy():

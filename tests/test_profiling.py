@@ -1,0 +1,114 @@
+"""``nnunet_dyn profile`` and ``nnunet_dyn list``."""
+
+import json
+import re
+
+import pytest
+import torch
+from plans import build
+from torch import nn
+
+from nnunet_dyn import cli, listing, profiling
+from nnunet_dyn.accounting import activation_memory, count_operations, count_parameters
+from nnunet_dyn.plans_templates import load_template, template_names
+from nnunet_dyn.trainers.catalogue import template_name, trainer_names
+
+
+def profile(*arguments) -> int:
+    return cli.main(["profile", *map(str, arguments)])
+
+
+def test_a_patch_beside_stock(tmp_path, capsys):
+    file = tmp_path / "profile.json"
+    arguments = ["--patch", 32, 32, 32, "--channels", 2, "--classes", 3, "-tr", "nnUNetTrainerEffB0", "--rounds", 1]
+    assert profile(*arguments, "--json", file) == 0
+    printed = capsys.readouterr().out
+    stock, ours = json.loads(file.read_text())["profiles"]
+    assert stock["trainer"] == "nnUNetTrainer" and ours["trainer"] == "nnUNetTrainerEffB0"
+    assert set(stock["ratios"].values()) == {1.0}
+    network = build("EfficientUNet-b0", 2, 3, n_stages=4, features=(32, 64, 128, 256), deep_supervision=False)
+    counted = count_operations(network, (1, 2, 32, 32, 32))
+    memory = activation_memory(network, (1, 2, 32, 32, 32))
+    assert ours["parameters"] == count_parameters(network) and ours["macs"] == counted.total
+    assert (ours["memory_training"], ours["memory_inference"]) == (memory.training, memory.inference)
+    assert ours["not_counted"] == counted.not_counted and "aten::silu" in counted.not_counted
+    assert ours["ratios"]["macs"] == pytest.approx(ours["macs"] / stock["macs"], abs=1e-4)
+    assert ours["seconds"] > 0 and ours["ratios"]["seconds"] > 0
+    assert "nnUNetTrainerEffB0" in printed and "Not counted among the MACs: " in printed and "silu" in printed
+
+
+def test_two_dimensions_and_no_latency(tmp_path):
+    file = tmp_path / "profile.json"
+    assert profile("--patch", 64, 64, "-tr", "nnUNetTrainerFullyEffGeneric", "--rounds", 0, "--json", file) == 0
+    rows = json.loads(file.read_text())["profiles"]
+    assert [row["seconds"] for row in rows] == [None, None]
+    assert rows[1]["patch_size"] == [64, 64] and rows[1]["configuration"] == "2d"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "neither a data set with a configuration"),
+        (["--patch", 30, 30, 30], r"axes divisible by the strides, such as \[32, 32, 32\]"),
+        (["--patch", 64], "expected two or three numbers of at least 8"),
+        (["--patch", 64, 64, "--classes", 1], "expected at least 1 channel and 2 classes"),
+        (["--patch", 64, 64, "-d", 5], "both -d and --patch"),
+        (["--patch", 64, 64, "--rounds", -1], "--rounds got -1"),
+        (["--patch", 64, 64, "--json", "nowhere/at/all.json"], "expected a file in a folder that exists"),
+        (
+            ["--patch", 16, 16, "-tr", "nnUNetTrainerEffB9", "--rounds", 0],
+            "nnU-Net finds no trainer nnUNetTrainerEffB9",
+        ),
+    ],
+)
+def test_bad_usage(arguments, message, capsys):
+    assert profile(*arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_cuda_without_a_device(capsys):
+    assert profile("--patch", 16, 16, "--device", "cuda") == 1
+    assert "no CUDA device here" in capsys.readouterr().err
+
+
+def test_planned_configuration_is_nnunets_own():
+    arch = profiling.planned_configuration((128, 128, 128))["architecture"]["arch_kwargs"]
+    assert arch["features_per_stage"] == [32, 64, 128, 256, 320, 320]
+    assert [list(s) for s in arch["strides"]] == [[1, 1, 1]] + [[2, 2, 2]] * 5
+    assert profiling.planned_configuration((512, 512))["architecture"]["arch_kwargs"]["n_stages"] == 8
+
+
+def test_table1_is_printed_beside_the_reproduced_one(monkeypatch, tmp_path, capsys):
+    rows = [row for row in profiling.read_table1() if row["name"] in ("GenericUNet", "FullyEfficientUNet-b4")]
+    monkeypatch.setattr(profiling, "read_table1", lambda: rows)
+    assert profile("--table1", "--json", tmp_path / "t.json") == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[2:] if " | " in line}
+    generic, b4 = lines["GenericUNet"], lines["FullyEfficientUNet-b4"]
+    assert "0.958T | 0.958" in generic and "differs" not in generic
+    assert b4.endswith("differs: flops_net, flops_dec, params_net, params_dec")
+    written = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert {row["name"]: row["reproduced"]["flops_net"] for row in written}["GenericUNet"] == 958481186816
+
+
+def test_list_has_every_trainer_and_template_and_its_cost(capsys, monkeypatch):
+    monkeypatch.setattr(listing, "REFERENCE_PATCHES", {2: (64, 64), 3: (32, 32, 32)})
+    assert cli.main(["list", "--json"]) == 0
+    methods = json.loads(capsys.readouterr().out)["methods"]
+    assert methods[0]["trainers"] == ["nnUNetTrainer"] and methods[0]["template"] is None
+    assert {name for method in methods[1:] for name in method["trainers"]} == set(trainer_names())
+    assert {method["template"] for method in methods[1:]} == set(template_names())
+    by_template = {method["template"]: method for method in methods}
+    network = build("FullyEfficientUNet-v2s", n_stages=4, features=(32, 64, 128, 256), num_classes=4)
+    assert by_template["fullyeffv2s"]["parameters"] == count_parameters(network)
+    assert by_template["effb0"]["macs"] < by_template["effb7"]["macs"]
+    assert cli.main(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in trainer_names())
+
+
+@pytest.mark.parametrize("trainer", trainer_names())
+def test_every_trainer_has_a_template_that_says_what_it_is(trainer):
+    template = load_template(template_name(trainer))
+    assert issubclass(template.network_class, nn.Module)
+    assert template.paper and template.summary and template.trainer is None
