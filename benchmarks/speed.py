@@ -59,6 +59,13 @@ def networks(setting: str, num_classes: int = 4) -> dict:
             for prefix, kind in (("", "plain"), ("Fully", "fully_efficient"))
             for variant in VARIANTS
         },
+        **{
+            f"{prefix}EfficientUNet-{variant}-batchnorm": lambda variant=variant, kind=kind: EfficientUNet(
+                1, num_classes, encoder=variant, decoder=kind, mbconv_norm="batch", **kwargs
+            )
+            for prefix, kind in (("", "plain"), ("Fully", "fully_efficient"))
+            for variant in ("b0", "v2s")
+        },
     }
 
 

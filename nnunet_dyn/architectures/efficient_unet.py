@@ -241,7 +241,7 @@ class EfficientUNet(_UNet):
         nonlin_kwargs: dict | None = None,
         deep_supervision: bool = False,
         mbconv_norm: Literal["plan", "batch"] = "plan",
-        deep_groups: DeepGroups = "merge",
+        deep_groups: DeepGroups = "truncate",
         drop_path_rate: float = 0.0,
         pretrained: bool = False,
     ):

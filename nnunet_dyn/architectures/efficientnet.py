@@ -234,7 +234,7 @@ class EfficientNetEncoder(nn.Module):
         strides: Sequence[Sequence[int]],
         norm_op: type[nn.Module],
         norm_op_kwargs: dict | None = None,
-        deep_groups: DeepGroups = "merge",
+        deep_groups: DeepGroups = "truncate",
         drop_path_rate: float = 0.0,
     ):
         super().__init__()

@@ -35,8 +35,8 @@ class Workspace:
         assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done
 
-    def model(self, configuration: str, trainer: str = TRAINER) -> Path:
-        return self.folder / "results" / DATASET / f"{trainer}__nnUNetPlans__{configuration}"
+    def model(self, configuration: str, trainer: str = TRAINER, plans: str = "nnUNetPlans") -> Path:
+        return self.folder / "results" / DATASET / f"{trainer}__{plans}__{configuration}"
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,30 @@ def test_find_best_configuration_and_move_the_model(trained, tmp_path):
     finally:
         trained.environment["nnUNet_results"] = here
     assert (elsewhere / DATASET / trained.model("3d_fullres").name / "fold_0" / "checkpoint_final.pth").exists()
+
+
+def test_derived_configurations_train_with_nnunets_own_trainer(workspace, tmp_path):
+    """From ``nnunet_dyn plan`` to a prediction of the best of two configurations, over two folds."""
+    shown = workspace.run("nnunet_dyn", "plan", "-d", 999, "-t", "effb0", "fullyeffgeneric", "-gpu_memory_target", 1)
+    assert "3d_fullres_effb0" in shown.stdout and "not there yet" not in shown.stdout
+    data = sorted(path.name for path in (workspace.folder / "preprocessed" / DATASET).iterdir() if path.is_dir())
+    trainer, plans = "nnUNetTrainer_1epochs_1iters", "nnUNetDynPlans"
+    common = ("-p", plans, "-tr", trainer)
+    for configuration in ("3d_fullres_effb0", "2d_fullyeffgeneric"):
+        for fold in (0, 1):
+            workspace.run("nnUNetv2_train", 999, configuration, fold, *common, "-device", "cpu", "--npz")
+    workspace.run("nnUNetv2_find_best_configuration", 999, "-c", "3d_fullres_effb0", "2d_fullyeffgeneric",
+                  "-p", plans, "-tr", trainer, "-f", 0, 1, "-np", 1)  # fmt: skip
+    best = json.loads((workspace.folder / "results" / DATASET / "inference_information.json").read_text())
+    assert len(best["all_results"]) == 3  # each of them and their ensemble
+    chosen = best["best_model_or_ensemble"]["selected_model_or_models"]
+    assert {model["plans_identifier"] for model in chosen} == {plans}
+    workspace.run("nnUNetv2_predict", "-d", 999, "-i", workspace.raw / "imagesTs", "-o", tmp_path, "-c",
+                  chosen[0]["configuration"], *common, "-f", 0, 1, "-device", "cpu", "-npp", 1, "-nps", 1,
+                  "--disable_tta")  # fmt: skip
+    assert len(list(tmp_path.glob("*.nii.gz"))) == 1
+    # Nothing was preprocessed again.
+    assert data == sorted(p.name for p in (workspace.folder / "preprocessed" / DATASET).iterdir() if p.is_dir())
 
 
 def test_an_unknown_name_gets_a_hint(workspace):
