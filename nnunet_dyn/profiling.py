@@ -319,7 +319,8 @@ def read_table1() -> list[dict[str, str]]:
 def reproduce_table1(row: dict[str, str]) -> dict[str, int]:
     """Parameters and operations of the network of one row of Table 1, counted as the paper counts.
 
-    Two patches of 128³, every head of deep supervision; the encoder's parameters include the classification head, which never runs.
+    Two patches of 128³, every head of deep supervision; the encoder's parameters include the classification head,
+    which never runs.
     """
     from nnunet_dyn.accounting import count_operations, count_parameters
     from nnunet_dyn.planning import build_network, derived_architecture
