@@ -20,6 +20,7 @@ from nnunet_dyn import __version__, _register
 
 REGISTRATION_FILE = "nnunet_dyn_register.pth"
 REQUIRED_NNUNET = "nnunetv2>=2.8.1,<3"
+REQUIRED_TORCH = "torch>=2.4"
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 
@@ -79,7 +80,7 @@ def check_versions() -> Iterator[Check]:
     yield Check("Versions", OK, f"nnunet_dyn {__version__} ({Path(__file__).parent})")
     for distribution, remedy in (
         ("nnunetv2", f'pip install "{REQUIRED_NNUNET}"'),
-        ("torch", "pip install torch"),
+        ("torch", f'pip install "{REQUIRED_TORCH}"'),
         ("dynamic_network_architectures", "pip install dynamic_network_architectures"),
     ):
         try:
@@ -89,6 +90,8 @@ def check_versions() -> Iterator[Check]:
             continue
         if distribution == "nnunetv2" and not (2, 8, 1) <= _release(version) < (3,):
             yield Check("Versions", ERROR, f"nnunetv2 {version}, expected {REQUIRED_NNUNET}", remedy)
+        elif distribution == "torch" and _release(version) < (2, 4):
+            yield Check("Versions", ERROR, f"torch {version}, expected {REQUIRED_TORCH}", remedy)
         else:
             yield Check("Versions", OK, f"{distribution} {version}")
     with contextlib.suppress(metadata.PackageNotFoundError):

@@ -132,21 +132,30 @@ def test_an_unknown_name_is_an_error_with_the_reason_and_the_closest(registered,
 
 
 @pytest.mark.parametrize(
-    ("version", "status"),
-    [("2.8.0", "error"), ("2.8.1", "ok"), ("2.10", "ok"), ("2.8.1.post1", "ok"), ("3.0.0", "error"), (None, "error")],
+    ("distribution", "version", "status"),
+    [
+        ("nnunetv2", "2.8.0", "error"),
+        ("nnunetv2", "2.8.1", "ok"),
+        ("nnunetv2", "2.10", "ok"),
+        ("nnunetv2", "2.8.1.post1", "ok"),
+        ("nnunetv2", "3.0.0", "error"),
+        ("nnunetv2", None, "error"),
+        ("torch", "2.3.1+cpu", "error"),
+        ("torch", "2.15.0+cu130", "ok"),
+    ],
 )
-def test_the_nnunet_version_is_checked(monkeypatch, version, status):
+def test_versions_are_checked(monkeypatch, distribution, version, status):
     real = metadata.version
 
     def fake(name):
-        if name != "nnunetv2":
+        if name != distribution:
             return real(name)
         if version is None:
             raise metadata.PackageNotFoundError(name)
         return version
 
     monkeypatch.setattr(doctor.metadata, "version", fake)
-    (check,) = (check for check in doctor.check_versions() if re.match("nnunetv2 ", check.text))
+    (check,) = (check for check in doctor.check_versions() if re.match(f"{distribution} ", check.text))
     assert check.status == status
     assert (check.remedy is not None) == (status == "error")
 
