@@ -5,6 +5,7 @@ imported only when the command is used.
 """
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -98,6 +99,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, JobError) as error:
         print("nnunet_dyn:", " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except BrokenPipeError:  # the reader, such as head, has seen enough; Python would complain again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("nnunet_dyn: interrupted", file=sys.stderr)
         return 130

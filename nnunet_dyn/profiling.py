@@ -7,6 +7,7 @@ import csv
 import json
 import statistics
 import sys
+import textwrap
 import time
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
@@ -85,14 +86,17 @@ def run(args: argparse.Namespace) -> int:
     subjects = _subjects(args)
     device = _device(args.device)
     print(f"patch {' × '.join(map(str, subjects[0].patch_size))}, {subjects[0].channels} channel(s), {device}")
-    print(f"{'trainer':32}{'parameters':>19}{'MACs':>19}{'training':>18}{'inference':>18}{'seconds':>16}")
+    heads = ["parameters", "MACs", "memory, training", "inference"] + ["forward pass"] * bool(args.rounds)
+    print(f"{'trainer':32}" + "".join(f"{head:>17}" for head in heads))
     profiles = []
     for subject in subjects:
         profile = profile_network(subject, subjects[0], device, args.rounds, profiles[0] if profiles else None)
         profiles.append(profile)
         _print_row(profile, subjects[0])
     left_out = sorted({name.removeprefix("aten::") for profile in profiles for name in profile.not_counted})
-    print(f"\n{UNITS}\nNot counted among the MACs: {', '.join(left_out)}.")
+    print()
+    for text in (UNITS, f"Not counted among the MACs: {', '.join(left_out)}."):
+        print(textwrap.fill(text, 117))
     if args.json is not None:
         _write_json(args.json, {"device": str(device), "units": UNITS, "profiles": [asdict(p) for p in profiles]})
     return 0
@@ -292,21 +296,22 @@ def _device(name: str):
 
 
 def _print_row(profile: Profile, stock: Subject) -> None:
-    def cell(value: float, unit: float, key: str, digits: int = 2) -> str:
-        return f"{value / unit:,.{digits}f} {profile.ratios[key]:5.2f}×"
+    cells = [
+        _cell(profile, "parameters", 1e6, "M", 1),
+        _cell(profile, "macs", 1e9, "G", 1),
+        _cell(profile, "memory_training", 2**20, "MB"),
+        _cell(profile, "memory_inference", 2**20, "MB"),
+    ]
+    if profile.seconds is not None:
+        cells.append(_cell(profile, "seconds", 1, "s", 3))
+    name = profile.trainer
+    if profile.configuration != stock.configuration:
+        name += f" {profile.configuration}"
+    print(f"{name:32}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
 
-    seconds = "" if profile.seconds is None else cell(profile.seconds, 1, "seconds", 3)
-    name = (
-        profile.trainer
-        if profile.configuration == stock.configuration
-        else f"{profile.trainer} {profile.configuration}"
-    )
-    print(
-        f"{name:32}{cell(profile.parameters, 1e6, 'parameters') + ' M':>19}{cell(profile.macs, 1e9, 'macs') + ' G':>19}"
-        f"{cell(profile.memory_training, 2**20, 'memory_training', 0) + ' MB':>18}"
-        f"{cell(profile.memory_inference, 2**20, 'memory_inference', 0) + ' MB':>18}{seconds:>16}",
-        flush=True,
-    )
+
+def _cell(profile: Profile, key: str, scale: float, unit: str, digits: int = 0) -> str:
+    return f"{getattr(profile, key) / scale:,.{digits}f} {unit} {profile.ratios[key]:5.2f}×"
 
 
 def read_table1() -> list[dict[str, str]]:

@@ -105,3 +105,13 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
     assert all(command.name in done.stdout for command in cli.COMMANDS)
+
+
+def test_a_reader_that_leaves_early_is_no_failure():
+    """``nnunet_dyn doctor | head -1`` must not end in a traceback."""
+    program = "import sys; from nnunet_dyn.cli import main; sys.exit(main(['doctor']))"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait(timeout=120) == 141
+    assert "Traceback" not in errors and "BrokenPipe" not in errors
