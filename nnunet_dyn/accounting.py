@@ -4,7 +4,7 @@ Unit: multiply-accumulates (MACs) for convolutions, transposed convolutions and 
 normalisations in fvcore's convention (5 per element for statistics, scaling and affine, 4 without the affine part;
 batch normalisation with stored statistics 2 and 1). Martinho's Table 1 and most papers of the field print this number
 as "FLOPs". Activations, pooling, gating, additions and concatenations are not counted; :class:`OperationCount` lists
-every operator that ran and was left out.
+every operator that ran and was left out, but for those that only describe or copy data.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
-# These only describe or move data.
+# These only describe or copy data.
 _FREE = {
     "aten::view", "aten::_unsafe_view", "aten::reshape", "aten::expand", "aten::detach", "aten::alias", "aten::clone",
     "aten::copy_", "aten::_to_copy", "aten::empty", "aten::empty_strided", "aten::empty_like", "aten::permute",
     "aten::transpose", "aten::t", "aten::slice", "aten::select", "aten::squeeze", "aten::unsqueeze", "aten::repeat",
-    "aten::split", "aten::cat", "aten::_reshape_alias",
+    "aten::split", "aten::_reshape_alias",
 }  # fmt: skip
 
 
@@ -79,7 +79,8 @@ class ActivationMemory:
     """Bytes of the tensors that one forward pass makes, in fp32; parameters and operators' workspace not included.
 
     Attributes:
-        training: what is alive when the forward pass of a training step ends: all that autograd keeps, and the logits.
+        training: what is alive when the forward pass of a training step ends: all that autograd keeps, and the logits;
+            not the network's input.
         inference: the largest sum alive at any time of a forward pass without gradients.
     """
 

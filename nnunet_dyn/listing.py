@@ -8,11 +8,10 @@ import textwrap
 from dataclasses import asdict, dataclass
 
 from nnunet_dyn.plans_templates import load_template
-from nnunet_dyn.trainers.catalogue import template_name, trainer_names
+from nnunet_dyn.trainers.catalogue import STOCK, template_name, trainer_names
 
 #: The patch that costs are given for, per dimension; one channel, four classes, nnU-Net's default plan.
 REFERENCE_PATCHES = {2: (256, 256), 3: (128, 128, 128)}
-STOCK = "nnU-Net (PlainConvUNet)"
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,14 @@ def methods():
         return {"parameters": count_parameters(network), "macs": count_operations(network, (1, 1, *patch)).total}
 
     yield Method(
-        ("nnUNetTrainer",), None, STOCK, "for comparison", "", (2, 3), None, **costs((2, 3), lambda planned: planned)
+        (STOCK,),
+        None,
+        "nnU-Net (PlainConvUNet)",
+        "for comparison",
+        "",
+        (2, 3),
+        None,
+        **costs((2, 3), lambda planned: planned),
     )
     by_template: dict[str, list[str]] = {}
     for trainer in trainer_names():

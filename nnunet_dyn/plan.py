@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -14,6 +15,11 @@ from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.plans_templates import Template, load_template, template_names
 
 DEFAULT_SOURCE, DEFAULT_OUTPUT = "nnUNetPlans", "nnUNetDynPlans"
+
+# What is read of plans beside their configurations.
+_NEEDED = ("dataset_name", "plans_name", "experiment_planner_used", "original_median_shape_after_transp")
+# Entries of a configuration that leave its plan as it is.
+_LINKS = {"inherits_from", "previous_stage", "next_stage", "batch_dice"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Derive the configurations and write them. Nothing is written unless all of them could be planned."""
-    if args.gpu_memory_target is not None and not args.gpu_memory_target > 0:
+    if args.gpu_memory_target is not None and not 0 < args.gpu_memory_target < math.inf:
         raise UsageError(f"-gpu_memory_target got {args.gpu_memory_target}; expected gigabytes, more than 0.")
     if args.o == args.p or "__" in args.o or os.sep in args.o or not args.o:
         raise UsageError(
@@ -42,7 +48,12 @@ def run(args: argparse.Namespace) -> int:
     templates = [load_template(name) for name in args.t or template_names()]
     for template in templates:
         _ = template.network_class  # a class that is missing should be known before minutes of planning
-    folder = dataset_folder(args.d)
+    names = [template.name for template in templates]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"-t got {', '.join(repeated)} more than once; expected templates of different names.")
+    folder = dataset_folder(args.d, "nnUNet_raw", "nnUNet_preprocessed")
+    if not os.access(folder, os.W_OK):
+        raise JobError(f"Cannot write into {folder}: permission denied. Nothing was changed.")
     source = load_plans(folder, args.p)
     output = folder / f"{args.o}.json"
     plans = _start(source, output, args.overwrite)
@@ -63,17 +74,17 @@ def run(args: argparse.Namespace) -> int:
         added |= _derive(template, source, wanted, args.o, args.gpu_memory_target)
     plans["configurations"] |= added
     _write(plans, output)
-    _report(added, plans, output, args.d)
+    _report(added, plans, output, f"nnUNetv2_train {args.d} {next(iter(added))} 0 -p {args.o}", templates[0].trainer)
     return 0
 
 
-def dataset_folder(dataset: str) -> Path:
-    """The folder of preprocessed data of ``dataset``, a name or number.
+def dataset_folder(dataset: str, *variables: str) -> Path:
+    """The folder of ``dataset``, a name or number, in the last of nnU-Net's folders that ``variables`` name.
 
     Raises:
-        UsageError: nnU-Net's folders are not set, or have no such data set.
+        UsageError: one of the folders is not set, or has no such data set.
     """
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
+    for variable in variables:
         if not os.path.isdir(os.environ.get(variable, "")):
             raise UsageError(
                 f"{variable} is {os.environ.get(variable) or 'not set'}; expected a folder. Run 'nnunet_dyn doctor'."
@@ -84,7 +95,7 @@ def dataset_folder(dataset: str) -> Path:
         name = maybe_convert_to_dataset_name(dataset)
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"No data set {dataset!r}: {error}") from error
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
+    for variable in variables:
         folder = Path(os.environ[variable], name)
         if not folder.is_dir():
             raise UsageError(
@@ -110,6 +121,7 @@ def load_plans(folder: Path, name: str) -> dict:
         plans = json.loads(path.read_text())
         configurations = plans["configurations"]
         old = [c for c, entries in configurations.items() if not {"architecture", "inherits_from"} & set(entries)]
+        missing = [key for key in _NEEDED if key not in plans]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not an nnU-Net plans file ({error}). Run nnUNetv2_plan_experiment.") from error
     if old:
@@ -117,7 +129,25 @@ def load_plans(folder: Path, name: str) -> dict:
             f"{path} was made by an older nnU-Net: {', '.join(old)} without an architecture. Plan again with "
             "nnUNetv2_plan_experiment of the nnU-Net installed here."
         )
+    if missing:
+        raise UsageError(f"{path} has no {', '.join(missing)}; expected nnU-Net's plans. Plan again.")
+    _resolve(plans, path)
     return plans
+
+
+def _resolve(plans: dict, path: Path) -> None:
+    """Check that every configuration is complete once what it inherits is filled in."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    for name in plans["configurations"]:
+        try:
+            entries = PlansManager(plans).get_configuration(name).configuration
+            missing = [key for key in ("patch_size", "spacing", "architecture") if key not in entries]
+            missing += [key for key in ("network_class_name", "arch_kwargs") if key not in entries["architecture"]]
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path}: configuration {name} cannot be resolved: {error}. Correct it.") from error
+        if missing:
+            raise UsageError(f"{path}: configuration {name} has no {', '.join(missing)}. Plan again.")
 
 
 def _start(source: dict, output: Path, overwrite: bool) -> dict:
@@ -125,8 +155,15 @@ def _start(source: dict, output: Path, overwrite: bool) -> dict:
     fresh = deepcopy(source) | {"plans_name": output.stem}
     if not output.exists():
         return fresh
-    plans = load_plans(output.parent, output.stem)
-    same = all(plans["configurations"].get(name) == entries for name, entries in source["configurations"].items())
+    try:
+        plans = load_plans(output.parent, output.stem)
+    except UsageError:
+        if overwrite:
+            return fresh
+        raise
+    same = {**plans, "configurations": None} == {**fresh, "configurations": None} and all(
+        plans["configurations"].get(name) == entries for name, entries in source["configurations"].items()
+    )
     if same:
         return plans
     if overwrite:
@@ -159,20 +196,27 @@ def _derive(template: Template, source: dict, bases: list[str], output_name: str
     from nnunet_dyn.planning import derive_configuration, network_planner
 
     plans = PlansManager(source)
+    if plans.experiment_planner_class is None:
+        _progress(
+            f"nnU-Net has no planner {plans.experiment_planner_name}, which made the plans; using its default one."
+        )
     try:
         planner = network_planner(plans, template, gpu_memory_target)
-    except (RuntimeError, FileNotFoundError) as error:
-        raise UsageError(f"nnU-Net's planner cannot start: {error}") from error
+    except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
+        raise UsageError(
+            f"nnU-Net's planner cannot start ({type(error).__name__}: {error}). Expected the data set's dataset.json, "
+            "images and fingerprint; run nnUNetv2_plan_and_preprocess."
+        ) from error
     derived, cache = {}, {}
     for base in bases:
         entries = source["configurations"][base]
         parent = entries.get("inherits_from")
-        if parent in bases and "architecture" not in entries:
+        if parent in bases and set(entries) <= _LINKS:
             configuration = {**entries, "inherits_from": f"{parent}_{template.name}"}
         else:
             try:
                 configuration = derive_configuration(planner, plans, base, cache)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise UsageError(f"Template {template.name} does not fit {base}: {error}") from error
         for link in ("previous_stage", "next_stage"):
             linked = plans.get_configuration(base).configuration.get(link)
@@ -212,7 +256,7 @@ def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _report(added: dict[str, dict], plans: dict, output: Path, dataset: str) -> None:
+def _report(added: dict[str, dict], plans: dict, output: Path, command: str, trainer: str | None) -> None:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     manager = PlansManager(plans)
@@ -224,5 +268,5 @@ def _report(added: dict[str, dict], plans: dict, output: Path, dataset: str) -> 
         present = (output.parent / configuration.data_identifier).is_dir()
         state = configuration.data_identifier + ("" if present else " (not there yet: nnUNetv2_preprocess)")
         print(f"{name:{width}}  {patch:17}  {configuration.batch_size:5}  {state}")
-    print(f"\nWritten to {output}. Train one with nnU-Net's own trainer:")
-    print(f"  nnUNetv2_train {dataset} {next(iter(added))} 0 -p {output.stem}")
+    with_trainer = f"its own trainer:\n  {command} -tr {trainer}" if trainer else f"nnU-Net's own trainer:\n  {command}"
+    print(f"\nWritten to {output}. Train the first one with {with_trainer}")

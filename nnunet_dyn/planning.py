@@ -129,32 +129,50 @@ class _NetworkPlanning:
 
 
 def derive_configuration(planner: ExperimentPlanner, plans: PlansManager, name: str, cache: dict) -> dict:
-    """Plan configuration ``name`` of ``plans`` anew for the planner's network, on the same preprocessed data.
+    """Plan configuration ``name`` of ``plans`` anew for the planner's network.
 
     Returns:
         A configuration that inherits from ``name`` and says its own architecture, patch size and batch size.
+
+    Raises:
+        ValueError: the template's patch or spacing has another dimension than ``name``, or its patch does not fit the
+            strides or the memory.
     """
     planned = plans.get_configuration(name)
-    median = planned.median_image_size_in_voxels
-    slices = plans.original_median_shape_after_transp[0] if len(median) == 2 else 1
-    new = planner.get_plans_for_configuration(
-        np.array(planned.spacing),
-        np.array(median),
-        planned.data_identifier,
-        float(prod(median)) * slices * planner.dataset_json["numTraining"],
-        cache,
-    )
     template = planner.template
-    architecture = derived_architecture(template, new["architecture"])
+    spacing, median = np.array(planned.spacing, float), np.array(planned.median_image_size_in_voxels, float)
+    own = {}
+    for key in ("spacing", "patch_size"):
+        if len(template.configuration.get(key, spacing)) != len(spacing):
+            raise ValueError(f"{key} got {template.configuration[key]}; expected {len(spacing)} numbers.")
+    if "spacing" in template.configuration:
+        new_spacing = np.array(template.configuration["spacing"], float)
+        median = np.round(median * spacing / new_spacing)
+        spacing = new_spacing
+        own = {"spacing": spacing, "median_image_size_in_voxels": median}
+    slices = 1
+    if len(median) == 2:  # the planner's batch size depends on the voxels of the whole data set
+        fullres = plans.plans["configurations"].get("3d_fullres")
+        slices = (fullres["median_image_size_in_voxels"] if fullres else plans.original_median_shape_after_transp)[0]
+    voxels = float(prod(median)) * slices * planner.dataset_json["numTraining"]
+    # The planner starts from a patch that covers the median image, so this makes it start from the wanted patch.
+    start = np.array(template.configuration.get("patch_size", median), float)
+    new = planner.get_plans_for_configuration(spacing, start, planned.data_identifier, voxels, cache)
+    wanted = template.configuration.get("patch_size")
+    if wanted is not None and list(new["patch_size"]) != wanted:
+        raise ValueError(
+            f"patch_size got {wanted}; the nearest that fits the strides and the memory is "
+            f"{list(map(int, new['patch_size']))}. Take that, or raise -gpu_memory_target."
+        )
     configuration = {
         "inherits_from": name,
+        **own,
         "patch_size": new["patch_size"],
         "batch_size": new["batch_size"],
-        "architecture": architecture,
+        "architecture": derived_architecture(template, new["architecture"]),
         **template.configuration,
     }
     recursive_fix_for_json_export(configuration)
-    check_patch_size(configuration["patch_size"], architecture["arch_kwargs"]["strides"], f"{name}_{template.name}")
     return configuration
 
 

@@ -9,21 +9,26 @@ import statistics
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.plan import dataset_folder, load_plans
-from nnunet_dyn.trainers.catalogue import trainer_names
+from nnunet_dyn.trainers.catalogue import STOCK, trainer_names
 
-STOCK = "nnUNetTrainer"
+if TYPE_CHECKING:
+    from torch import nn
 
 UNITS = (
     "MACs: multiply-accumulates of one patch at batch 1, plus the normalisations (5 per element with affine part). "
     "Memory: fp32 tensors of one patch, as an accelerator allocates them, without parameters; training is what is "
-    "kept for the backward pass, inference the largest sum at any time. ×: relative to the first row."
+    "kept for the backward pass (with deep supervision), inference the largest sum at any time. Forward pass: median, "
+    "batch 1. ×: relative to the first row; of the time, the median ratio to a pass of the first row's network right "
+    "before, so it is not the quotient of the seconds shown."
 )
 
 
@@ -49,19 +54,22 @@ class Subject:
     Attributes:
         trainer: a trainer name that nnU-Net finds.
         patch_size: voxels per axis.
-        build: makes the network, on the CPU, without deep supervision.
+        build: makes the network, on the CPU, with deep supervision where it has that.
     """
 
     trainer: str
     configuration: str
     patch_size: tuple[int, ...]
     channels: int
-    build: object
+    build: Callable[[], nn.Module]
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What one network costs; units in :data:`UNITS`. Seconds are the median of the timed passes."""
+    """What one network costs; units in :data:`UNITS`.
+
+    ``seconds`` and ``stock_seconds`` are medians of the timed passes of this network and of the stock one between them.
+    """
 
     trainer: str
     configuration: str
@@ -71,16 +79,17 @@ class Profile:
     memory_training: int
     memory_inference: int
     seconds: float | None
+    stock_seconds: float | None
     ratios: dict[str, float]
     not_counted: dict[str, int]
 
 
 def run(args: argparse.Namespace) -> int:
     """Profile one row after the other, each printed as soon as it is known."""
-    if args.table1:
-        return _print_table1(args.json)
     if args.json is not None and not args.json.parent.is_dir():
         raise UsageError(f"--json got {args.json}; expected a file in a folder that exists.")
+    if args.table1:
+        return _print_table1(args.json)
     if args.rounds < 0:
         raise UsageError(f"--rounds got {args.rounds}; expected 0 or more.")
     subjects = _subjects(args)
@@ -112,21 +121,24 @@ def profile_network(subject: Subject, stock: Subject, device, rounds: int, refer
 
     network = subject.build()
     shape = (1, subject.channels, *subject.patch_size)
+    costs = {"parameters": count_parameters(network), "memory_training": activation_memory(network, shape).training}
+    _without_deep_supervision(network)
     operations = count_operations(network, shape)
-    memory = activation_memory(network, shape)
-    costs = {
-        "parameters": count_parameters(network),
-        "macs": operations.total,
-        "memory_training": memory.training,
-        "memory_inference": memory.inference,
-    }
-    ratios = {key: value / getattr(reference or _Own(costs), key) for key, value in costs.items()}
-    seconds = None
+    costs |= {"macs": operations.total, "memory_inference": activation_memory(network, shape).inference}
+    ratios = {key: value / (value if reference is None else getattr(reference, key)) for key, value in costs.items()}
+    seconds = stock_seconds = None
     if rounds:
-        timed = [network] if reference is None else [stock.build(), network]
-        shapes = [shape] if reference is None else [(1, stock.channels, *stock.patch_size), shape]
-        passes = latencies(timed, shapes, device, rounds)
-        seconds = statistics.median(row[-1] for row in passes)
+        timed, shapes = [network], [shape]
+        if reference is not None:
+            timed.insert(0, _without_deep_supervision(stock.build()))
+            shapes.insert(0, (1, stock.channels, *stock.patch_size))
+        try:
+            passes = latencies(timed, shapes, device, rounds)
+        except (RuntimeError, MemoryError) as error:
+            raise JobError(
+                f"{subject.trainer}: the forward pass on {device} failed: {error}. Take a smaller patch, or --rounds 0."
+            ) from error
+        seconds, stock_seconds = (statistics.median(row[index] for row in passes) for index in (-1, 0))
         ratios["seconds"] = statistics.median(row[-1] / row[0] for row in passes)
     return Profile(
         subject.trainer,
@@ -134,16 +146,17 @@ def profile_network(subject: Subject, stock: Subject, device, rounds: int, refer
         subject.patch_size,
         **costs,
         seconds=seconds,
+        stock_seconds=stock_seconds,
         ratios={key: round(value, 4) for key, value in ratios.items()},
         not_counted=operations.not_counted,
     )
 
 
-class _Own:
-    """Makes a network its own reference."""
-
-    def __init__(self, costs: dict[str, int]):
-        self.__dict__.update(costs)
+def _without_deep_supervision(network):
+    """Turn deep supervision off as nnU-Net does for validation, where the network has it."""
+    if hasattr(getattr(network, "decoder", None), "deep_supervision"):
+        network.decoder.deep_supervision = False
+    return network
 
 
 def latencies(networks: list, shapes: list[tuple[int, ...]], device, rounds: int) -> list[list[float]]:
@@ -218,8 +231,8 @@ def _subjects(args: argparse.Namespace) -> list[Subject]:
     names = args.tr or [name for name in trainer_names() if "ImageNet" not in name]
     names = [name for name in names if name != STOCK]
     if args.patch is not None:
-        if args.d is not None:
-            raise UsageError("Got both -d and --patch; expected one of them.")
+        if args.d is not None or args.c is not None:
+            raise UsageError("Got --patch beside -d or -c; expected one of the two ways.")
         if args.channels < 1 or args.classes < 2:
             raise UsageError(
                 f"Got --channels {args.channels} --classes {args.classes}; expected at least 1 channel and 2 classes."
@@ -227,61 +240,61 @@ def _subjects(args: argparse.Namespace) -> list[Subject]:
         name = f"{len(args.patch)}d"
         plans = {"plans_name": "--patch", "configurations": {name: planned_configuration(tuple(args.patch))}}
         pairs = [(name, trainer) for trainer in (STOCK, *names)]
-        channels, classes = args.channels, args.classes
+        dataset = {
+            "channel_names": {str(channel): "image" for channel in range(args.channels)},
+            "labels": {"background": 0} | {str(label): label for label in range(1, args.classes)},
+        }
     else:
         if args.d is None or args.c is None:
             raise UsageError("Got neither a data set with a configuration (-d, -c) nor --patch; expected one of them.")
-        folder = dataset_folder(args.d)
+        folder = dataset_folder(args.d, "nnUNet_preprocessed")
         plans = load_plans(folder, args.p)
-        pairs, names = _of_plans(plans, args, names)
-        channels, classes = _channels_and_classes(plans, args.c, folder)
-    return [_subject(plans, configuration, trainer, channels, classes) for configuration, trainer in pairs]
+        pairs = _of_plans(plans, args, names)
+        try:
+            dataset = json.loads((folder / "dataset.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"Cannot read {folder / 'dataset.json'}: {error}. Run nnUNetv2_plan_experiment."
+            ) from error
+    return [_subject(plans, dataset, configuration, trainer) for configuration, trainer in pairs]
 
 
-def _of_plans(plans: dict, args: argparse.Namespace, names: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+def _of_plans(plans: dict, args: argparse.Namespace, names: list[str]) -> list[tuple[str, str]]:
     """(configuration, trainer) pairs; a derived configuration is set beside the one it comes from."""
     from nnunet_dyn.planning import source_configurations
 
+    sources = source_configurations(plans)
     if args.c not in plans["configurations"]:
         raise UsageError(f"-c got {args.c!r}; {args.p} has {', '.join(plans['configurations'])}. Name one of those.")
-    if args.c in source_configurations(plans):
-        return [(args.c, trainer) for trainer in (STOCK, *names)], names
-    source = args.c
-    while source not in source_configurations(plans):
-        source = plans["configurations"][source].get("inherits_from")
-        if source is None:
-            raise UsageError(f"{args.c} comes from no configuration with one of nnU-Net's U-Nets; nothing to compare.")
-    trainers = args.tr or [STOCK]
-    return [(source, STOCK), *((args.c, trainer) for trainer in trainers)], trainers
+    if args.c in sources:
+        return [(args.c, trainer) for trainer in (STOCK, *names)]
+    source = args.c.rpartition("_")[0]  # as nnunet_dyn plan names what it derives
+    if source not in sources:
+        source = plans["configurations"][args.c].get("inherits_from")
+    if source not in sources:
+        raise UsageError(f"{args.c} comes from no configuration with one of nnU-Net's U-Nets; nothing to compare.")
+    return [(source, STOCK), *((args.c, trainer) for trainer in args.tr or [STOCK])]
 
 
-def _channels_and_classes(plans: dict, configuration: str, folder: Path) -> tuple[int, int]:
-    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    manager = PlansManager(plans)
-    dataset = json.loads((folder / "dataset.json").read_text())
-    labels = manager.get_label_manager(dataset)
-    channels = determine_num_input_channels(manager, manager.get_configuration(configuration), dataset)
-    return channels, labels.num_segmentation_heads
-
-
-def _subject(plans: dict, configuration: str, trainer: str, channels: int, classes: int) -> Subject:
+def _subject(plans: dict, dataset: dict, configuration: str, trainer: str) -> Subject:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager, determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     manager = PlansManager(plans)
     planned = manager.get_configuration(configuration)
+    channels = determine_num_input_channels(manager, planned, dataset)
+    classes = LabelManager(dataset["labels"], dataset.get("regions_class_order")).num_segmentation_heads
+    try:
+        with redirect_stdout(StringIO()):  # nnU-Net reports its search
+            trainer_class = recursive_find_trainer_class_by_name(trainer)
+    except RuntimeError as error:
+        raise UsageError(f"nnU-Net finds no trainer {trainer}. Run 'nnunet_dyn doctor {trainer}'.") from error
 
     def build():
         try:
-            with redirect_stdout(StringIO()):  # nnU-Net reports its search
-                trainer_class = recursive_find_trainer_class_by_name(trainer)
-        except RuntimeError as error:
-            raise UsageError(f"nnU-Net finds no trainer {trainer}. Run 'nnunet_dyn doctor {trainer}'.") from error
-        try:
-            return trainer_class.build_network_architecture(manager, planned, channels, classes, False)
-        except ValueError as error:
+            return trainer_class.build_network_architecture(manager, planned, channels, classes, True)
+        except (ValueError, TypeError, ImportError) as error:
             raise UsageError(f"{trainer} cannot serve {configuration}: {error}") from error
 
     return Subject(trainer, configuration, tuple(planned.patch_size), channels, build)

@@ -178,6 +178,46 @@ def test_unknown_data_set_and_missing_folders(dataset, capsys, monkeypatch):
     assert "nnUNet_preprocessed is not set; expected a folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plans: plans.pop("experiment_planner_used"), "has no experiment_planner_used"),
+        (lambda plans: plans["configurations"]["2d"].pop("patch_size"), "configuration 2d has no patch_size"),
+        (lambda plans: plans["configurations"].update(x={"inherits_from": "y"}), "configuration x cannot be resolved"),
+        (lambda plans: plans.update(configurations=[]), "is not an nnU-Net plans file"),
+    ],
+)
+def test_broken_plans(dataset, capsys, change, message):
+    folder = dataset()
+    plans = json.loads((folder / "nnUNetPlans.json").read_text())
+    change(plans)
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    assert plan("-t", "effb0") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_or_broken_fingerprint(dataset, capsys):
+    folder = dataset()
+    (folder / "dataset_fingerprint.json").write_text("{")
+    assert plan("-t", "effb0") == 2
+    assert "planner cannot start (JSONDecodeError" in capsys.readouterr().err
+    (folder / "dataset_fingerprint.json").unlink()
+    assert plan("-t", "effb0") == 2
+    assert "Fingerprint missing" in capsys.readouterr().err
+    assert not (folder / "nnUNetDynPlans.json").exists()
+
+
+def test_a_configuration_that_changes_its_parents_plan_is_planned_itself(dataset):
+    folder = dataset((160, 160, 160))
+    plans = json.loads((folder / "nnUNetPlans.json").read_text())
+    plans["configurations"]["3d_small"] = {"inherits_from": "3d_fullres", "patch_size": [64, 64, 64], "batch_size": 7}
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    assert plan("-t", "effb0", "-c", "3d_fullres", "3d_small") == 0
+    small = read(folder).get_configuration("3d_small_effb0")
+    fullres = read(folder).get_configuration("3d_fullres_effb0")
+    assert (small.patch_size, small.batch_size) == (fullres.patch_size, fullres.batch_size)
+
+
 def test_plans_of_an_older_nnunet(dataset, capsys):
     folder = dataset()
     plans = json.loads((folder / "nnUNetPlans.json").read_text())
@@ -225,8 +265,30 @@ class TestOwnTemplate:
         folder = dataset()
         mine = self.write(tmp_path / "mine.json", dimensions=[3], configuration={"spacing": [2.0, 2.0, 2.0]})
         assert plan("-t", mine) == 0
-        assert read(folder).get_configuration("3d_fullres_mine").data_identifier == "nnUNetDynPlans_3d_fullres_mine"
+        derived = read(folder).get_configuration("3d_fullres_mine")
+        assert derived.data_identifier == "nnUNetDynPlans_3d_fullres_mine"
+        assert derived.spacing == [2.0, 2.0, 2.0] and derived.median_image_size_in_voxels == [20.0, 28.0, 20.0]
+        assert all(size <= 32 for size in derived.patch_size)
         assert "not there yet: nnUNetv2_preprocess" in capsys.readouterr().out
+
+    def test_a_patch_of_its_own_has_its_own_strides_and_batch(self, dataset, tmp_path):
+        folder = dataset((160, 160, 160), cases=200)
+        mine = self.write(tmp_path / "mine.json", dimensions=[3], configuration={"patch_size": [32, 64, 64]})
+        assert plan("-t", mine) == 0
+        derived = read(folder).get_configuration("3d_fullres_mine")
+        assert derived.patch_size == [32, 64, 64] and derived.batch_size > 2
+        total = [int(torch.tensor(axis).prod()) for axis in zip(*derived.pool_op_kernel_sizes, strict=True)]
+        assert total == [8, 16, 16]
+
+    def test_own_name_and_trainer(self, dataset, tmp_path, capsys):
+        dataset()
+        (tmp_path / "other").mkdir()
+        mine, same = (self.write(tmp_path / part / "mine.json", trainer="nnUNetTrainerX") for part in ("", "other"))
+        assert plan("-t", mine, same) == 2
+        assert "-t got mine more than once" in capsys.readouterr().err
+        assert plan("-t", mine) == 0
+        assert "Train the first one with its own trainer" in (out := capsys.readouterr().out)
+        assert out.rstrip().endswith("nnUNetv2_train 997 2d_mine 0 -p nnUNetDynPlans -tr nnUNetTrainerX")
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -237,7 +299,14 @@ class TestOwnTemplate:
             ({"arch_kwargs": []}, "arch_kwargs got []; expected an object"),
             ({"configuration": {"patch": 1}}, "configuration got patch; expected patch_size"),
             ({"network_class_name": "nowhere.Network"}, "expected the dotted path of a class"),
-            ({"configuration": {"patch_size": [30, 30]}}, "got patch size [30, 30]; expected every axis divisible"),
+            ({"configuration": {"patch_size": [30, 30]}}, "patch_size got [30, 30]; the nearest that fits"),
+            ({"configuration": {"patch_size": [32, 32, 32]}}, "expected 2 numbers"),
+            ({"configuration": {"patch_size": "big"}}, "patch_size got 'big'; expected two or three whole numbers"),
+            ({"configuration": {"batch_size": "two"}}, "batch_size got 'two'; expected a whole number above 0"),
+            ({"dimensions": [[2]]}, "dimensions got [[2]]; expected [2]"),
+            ({"arch_kwargs": {"encoder": "b0", "decodr": "plain"}}, "arch_kwargs got decodr, which"),
+            ({"arch_kwargs": {"encoder": "b9"}}, "Unknown EfficientNet variant 'b9'"),
+            ({"network_class_name": "torch.nn.Linear", "arch_kwargs": {}}, "has no compute_conv_feature_map_size"),
         ],
     )
     def test_the_rules(self, dataset, tmp_path, capsys, changes, message):

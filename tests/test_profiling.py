@@ -10,6 +10,7 @@ from torch import nn
 
 from nnunet_dyn import cli, listing, profiling
 from nnunet_dyn.accounting import activation_memory, count_operations, count_parameters
+from nnunet_dyn.planning import derived_architecture
 from nnunet_dyn.plans_templates import load_template, template_names
 from nnunet_dyn.trainers.catalogue import template_name, trainer_names
 
@@ -26,14 +27,18 @@ def test_a_patch_beside_stock(tmp_path, capsys):
     stock, ours = json.loads(file.read_text())["profiles"]
     assert stock["trainer"] == "nnUNetTrainer" and ours["trainer"] == "nnUNetTrainerEffB0"
     assert set(stock["ratios"].values()) == {1.0}
-    network = build("EfficientUNet-b0", 2, 3, n_stages=4, features=(32, 64, 128, 256), deep_supervision=False)
-    counted = count_operations(network, (1, 2, 32, 32, 32))
-    memory = activation_memory(network, (1, 2, 32, 32, 32))
+    shape = (1, 2, 32, 32, 32)
+    supervised, network = (
+        build("EfficientUNet-b0", 2, 3, n_stages=4, features=(32, 64, 128, 256), deep_supervision=on)
+        for on in (True, False)
+    )
+    counted = count_operations(network, shape)
     assert ours["parameters"] == count_parameters(network) and ours["macs"] == counted.total
-    assert (ours["memory_training"], ours["memory_inference"]) == (memory.training, memory.inference)
+    assert ours["memory_training"] == activation_memory(supervised, shape).training
+    assert ours["memory_inference"] == activation_memory(network, shape).inference
     assert ours["not_counted"] == counted.not_counted and "aten::silu" in counted.not_counted
     assert ours["ratios"]["macs"] == pytest.approx(ours["macs"] / stock["macs"], abs=1e-4)
-    assert ours["seconds"] > 0 and ours["ratios"]["seconds"] > 0
+    assert ours["seconds"] > 0 and ours["stock_seconds"] > 0 and ours["ratios"]["seconds"] > 0
     assert "nnUNetTrainerEffB0" in printed and "Not counted among the MACs: " in printed and "silu" in printed
 
 
@@ -52,7 +57,7 @@ def test_two_dimensions_and_no_latency(tmp_path):
         (["--patch", 30, 30, 30], r"axes divisible by the strides, such as \[32, 32, 32\]"),
         (["--patch", 64], "expected two or three numbers of at least 8"),
         (["--patch", 64, 64, "--classes", 1], "expected at least 1 channel and 2 classes"),
-        (["--patch", 64, 64, "-d", 5], "both -d and --patch"),
+        (["--patch", 64, 64, "-d", 5], "--patch beside -d or -c"),
         (["--patch", 64, 64, "--rounds", -1], "--rounds got -1"),
         (["--patch", 64, 64, "--json", "nowhere/at/all.json"], "expected a file in a folder that exists"),
         (
@@ -70,6 +75,41 @@ def test_bad_usage(arguments, message, capsys):
 def test_cuda_without_a_device(capsys):
     assert profile("--patch", 16, 16, "--device", "cuda") == 1
     assert "no CUDA device here" in capsys.readouterr().err
+
+
+def test_a_derived_configuration_beside_the_one_it_comes_from(tmp_path, monkeypatch):
+    """Also in a cascade, whose second stage has more input channels."""
+    folder = tmp_path / "preprocessed" / "Dataset996_Profile"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    (folder / "dataset.json").write_text(
+        json.dumps({"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": 1}})
+    )
+    base = profiling.planned_configuration((32, 32, 32))
+    derived = derived_architecture(load_template("effb0"), base["architecture"])
+    plans = {
+        "dataset_name": folder.name,
+        "plans_name": "nnUNetPlans",
+        "experiment_planner_used": "ExperimentPlanner",
+        "original_median_shape_after_transp": [32, 32, 32],
+        "label_manager": "LabelManager",
+        "configurations": {
+            "3d_lowres": base,
+            "3d_fullres": base,
+            "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
+            "3d_fullres_effb0": {"inherits_from": "3d_fullres", "architecture": derived, "patch_size": [16, 32, 32]},
+            "3d_cascade_fullres_effb0": {"inherits_from": "3d_fullres_effb0", "previous_stage": "3d_lowres"},
+        },
+    }
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans, default=int))
+    file = tmp_path / "profile.json"
+    arguments = ["-d", "Dataset996_Profile", "-c", "3d_cascade_fullres_effb0", "--rounds", 0, "--json", file]
+    assert profile(*arguments) == 0
+    stock, ours = json.loads(file.read_text())["profiles"]
+    assert stock["configuration"] == "3d_cascade_fullres" and ours["configuration"] == "3d_cascade_fullres_effb0"
+    assert stock["trainer"] == ours["trainer"] == "nnUNetTrainer" and ours["patch_size"] == [16, 32, 32]
+    network = build("EfficientUNet-b0", 2, 2, n_stages=4, features=(32, 64, 128, 256))
+    assert ours["parameters"] == count_parameters(network)  # two channels: the image and the previous stage's label
 
 
 def test_planned_configuration_is_nnunets_own():

@@ -96,7 +96,8 @@ class _FastConv:
         if not is_eager_on_cpu(x):
             return super()._conv_forward(x, weight, bias)
         if self.groups != 1:
-            if not torch.is_grad_enabled():
+            is_depthwise = self.groups == self.in_channels == self.out_channels
+            if not (is_depthwise and bias is None and torch.is_grad_enabled()):
                 return super()._conv_forward(x, weight, bias)
             return _DepthwiseFunction.apply(x, weight, self.stride, self.padding)
         if math.prod(self.kernel_size) == math.prod(self.stride) == 1:
@@ -107,11 +108,11 @@ class _FastConv:
 
 
 class FastConv2d(_FastConv, nn.Conv2d):
-    """``torch.nn.Conv2d`` with an odd kernel, ``padding = kernel // 2``, and no bias if ``groups`` is not 1."""
+    """``torch.nn.Conv2d`` with an odd kernel, ``padding = kernel // 2`` and no dilation."""
 
 
 class FastConv3d(_FastConv, nn.Conv3d):
-    """``torch.nn.Conv3d`` with an odd kernel, ``padding = kernel // 2``, and no bias if ``groups`` is not 1."""
+    """``torch.nn.Conv3d`` with an odd kernel, ``padding = kernel // 2`` and no dilation."""
 
 
 def fast_conv_op(conv_op: type[_ConvNd]) -> type[_ConvNd]:

@@ -12,7 +12,9 @@ A template is a JSON file, ``<name>.json`` in this folder or anywhere else. Its 
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,8 +22,25 @@ from pydoc import ErrorDuringImport, locate
 
 from nnunet_dyn.errors import UsageError
 
-#: What a template may set beside the architecture. A spacing of its own takes preprocessed data of its own.
-CONFIGURATION_KEYS = ("patch_size", "batch_size", "batch_dice", "spacing", "previous_stage", "next_stage")
+
+def _positive(kind: type | tuple) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kind) and not isinstance(value, bool) and value > 0
+
+
+def _axes(kind: type | tuple) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and len(value) in (2, 3) and all(map(_positive(kind), value))
+
+
+#: What a template may set beside the architecture, with the check of its value and what is expected. A spacing of its
+#: own takes preprocessed data of its own.
+CONFIGURATION_KEYS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "patch_size": (_axes(int), "two or three whole numbers above 0"),
+    "batch_size": (_positive(int), "a whole number above 0"),
+    "batch_dice": (lambda value: isinstance(value, bool), "true or false"),
+    "spacing": (_axes((int, float)), "two or three numbers above 0, in millimetres"),
+    "previous_stage": (lambda value: isinstance(value, str), "the name of a configuration"),
+    "next_stage": (lambda value: isinstance(value, str), "the name of a configuration"),
+}
 
 _TYPES = {
     "summary": str,
@@ -55,7 +74,7 @@ class Template:
         """The network's class.
 
         Raises:
-            UsageError: there is no such class.
+            UsageError: there is no such class, or it does not take ``arch_kwargs`` or cannot plan its memory.
         """
         try:
             found = locate(self.network_class_name)
@@ -65,6 +84,16 @@ class Template:
             raise UsageError(
                 f"Template {self.name}: network_class_name got {self.network_class_name!r}; expected the dotted path "
                 "of a class that can be imported here. Correct it, or install what it comes from."
+            )
+        if not hasattr(found, "compute_conv_feature_map_size"):
+            raise UsageError(
+                f"Template {self.name}: {self.network_class_name} has no compute_conv_feature_map_size; expected what "
+                "nnU-Net asks of a network, to plan its memory. Add it to the class."
+            )
+        if unknown := sorted(set(self.arch_kwargs) - set(inspect.signature(found).parameters)):
+            raise UsageError(
+                f"Template {self.name}: arch_kwargs got {', '.join(unknown)}, which {self.network_class_name} does not "
+                f"take; it takes {', '.join(inspect.signature(found).parameters)}."
             )
         return found
 
@@ -121,7 +150,11 @@ def _check(content: object, path: Path) -> None:
     for key, value in content.items():
         if not isinstance(value, _TYPES[key]):
             refuse(f"{key} got {value!r}; expected {_TYPE_NAMES[_TYPES[key]]}")
-    if not content["dimensions"] or not set(content["dimensions"]) <= {2, 3}:
+    if not content["dimensions"] or any(dimension not in (2, 3) for dimension in content["dimensions"]):
         refuse(f"dimensions got {content['dimensions']}; expected [2], [3] or [2, 3]")
-    if unknown := sorted(set(content.get("configuration", {})) - set(CONFIGURATION_KEYS)):
-        refuse(f"configuration got {', '.join(unknown)}; expected {', '.join(CONFIGURATION_KEYS)}")
+    for key, value in content.get("configuration", {}).items():
+        if key not in CONFIGURATION_KEYS:
+            refuse(f"configuration got {key}; expected {', '.join(CONFIGURATION_KEYS)}")
+        is_valid, expected = CONFIGURATION_KEYS[key]
+        if not is_valid(value):
+            refuse(f"{key} got {value!r}; expected {expected}")

@@ -21,7 +21,7 @@ _EFFICIENT = (
 FAMILIES: dict[str, tuple[str, ...]] = {"nnunet_dyn.trainers.efficient_unet": _EFFICIENT}
 
 # nnU-Net's own trainer gets lengths too, so that a baseline can be trained exactly as long.
-_STOCK = "nnUNetTrainer"
+STOCK = "nnUNetTrainer"
 
 _FAMILY_OF = {name: module for module, names in FAMILIES.items() for name in names}
 _LENGTH = re.compile(r"(?P<base>.+?)(?:_(?P<epochs>[1-9]\d*)epochs)?(?:_(?P<iterations>[1-9]\d*)iters)?")
@@ -35,7 +35,7 @@ def trainer_names() -> list[str]:
 
 def template_name(name: str) -> str:
     """The plans template whose network the trainer called ``name``, a base name, trains."""
-    return name.removeprefix(_STOCK).removesuffix("_ImageNet").lower()
+    return name.removeprefix(STOCK).removesuffix("_ImageNet").lower()
 
 
 def suggest(name: str) -> list[str]:
@@ -62,12 +62,12 @@ def resolve(name: str) -> type:
     if name not in _classes:
         match = _LENGTH.fullmatch(name)
         base = match["base"] if match else name
-        if base not in _FAMILY_OF and (base != _STOCK or name == base):
+        if base not in _FAMILY_OF and (base != STOCK or name == base):
             raise AttributeError(f"nnunet_dyn has no trainer {name!r}")
         if name == base:
             parent, members = importlib.import_module(_FAMILY_OF[base]).make_trainer(base)
         else:
-            parent = importlib.import_module("nnunet_dyn.trainers.base").DynTrainer if base == _STOCK else resolve(base)
+            parent = importlib.import_module("nnunet_dyn.trainers.base").DynTrainer if base == STOCK else resolve(base)
             members = {
                 f"planned_{unit}": int(match[unit]) for unit in ("epochs", "iterations") if match[unit] is not None
             }
