@@ -68,7 +68,10 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+")
     args = parser.parse_args()
     rows = [row for setting in args.settings for row in measure(setting, args.networks)]
-    args.output.write_text(json.dumps({"machine": machine.describe(), "rows": rows}, indent=1))
+    patch = {setting: speed.SETTINGS[setting]["patch"] for setting in args.settings}
+    args.output.write_text(
+        json.dumps({"machine": machine.describe(), "patch": patch, "batch": 1, "rows": rows}, indent=1)
+    )
 
 
 if __name__ == "__main__":

@@ -144,6 +144,9 @@ def main() -> None:
     args = parser.parse_args()
     result = {
         "machine": machine.describe(),
+        "patch": {setting: SETTINGS[setting]["patch"] for setting in args.settings},
+        "batch": 1,
+        "rounds": args.rounds,
         "rows": [row for setting in args.settings for row in measure(setting, args.networks, args.rounds)],
         "profile_3d_forward": {
             name: profile("3d", name)
