@@ -133,6 +133,8 @@ def test_table1_is_printed_beside_the_reproduced_one(monkeypatch, tmp_path, caps
 
 def test_list_has_every_trainer_and_template_and_its_cost(capsys, monkeypatch):
     monkeypatch.setattr(listing, "REFERENCE_PATCHES", {2: (64, 64), 3: (32, 32, 32)})
+    found = list(listing.methods())
+    monkeypatch.setattr(listing, "methods", lambda: iter(found))
     assert cli.main(["list", "--json"]) == 0
     methods = json.loads(capsys.readouterr().out)["methods"]
     assert methods[0]["trainers"] == ["nnUNetTrainer"] and methods[0]["template"] is None

@@ -21,7 +21,9 @@ class Workspace:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.environment = {**os.environ, "nnUNet_n_proc_DA": "1", "OMP_NUM_THREADS": "2"}
+        # nnU-Net's eight export processes, and threads that wait by spinning, take most of the time on two cores.
+        few = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+        self.environment = {**os.environ, **few}
         for kind in ("raw", "preprocessed", "results"):
             (folder / kind).mkdir()
             self.environment[f"nnUNet_{kind}"] = str(folder / kind)
