@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=200)
     args = parser.parse_args()
     os.environ.pop("nnUNet_extTrainer", None)  # this Python may be registered itself
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # pip compiles what it installs
     with tempfile.TemporaryDirectory() as folder:
         plain, registered = (environment(Path(folder, name), name == "with") for name in ("without", "with"))
         variable = "import os; print(os.environ.get('nnUNet_extTrainer', ''))"
