@@ -170,6 +170,14 @@ def test_planned_memory_is_the_memory_that_training_keeps(name, dimension):
     assert network.compute_conv_feature_map_size(patch) * 8 == pytest.approx(kept, rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["GenericUNet", "FullyEffGenericUNet"])
+def test_planned_memory_with_a_residual_encoder(name):
+    options = {"n_conv_per_stage": None, "n_blocks_per_stage": [1, 3, 4, 6]}
+    network = build(name, n_stages=4, features=(16, 32, 64, 64), options=options)
+    kept = activation_memory(network, (1, 1, 64, 64, 64)).training
+    assert network.compute_conv_feature_map_size((64, 64, 64)) * 8 == pytest.approx(kept, rel=0.05)
+
+
 @pytest.mark.parametrize("name", ["EfficientUNet-v2s", "FullyEfficientUNet-b0", "FullyEffGenericUNet"])
 def test_planned_memory_is_what_autograd_saves_on_a_cpu(name):
     network = build(name, n_stages=4, features=(16, 32, 64, 64))
