@@ -1,6 +1,6 @@
 """What the registration file adds to the start of Python: two empty environments, one with it, interleaved starts.
 
-    python benchmarks/startup.py --output startup.json
+python benchmarks/startup.py --output startup.json
 """
 
 import argparse

@@ -49,11 +49,13 @@ def test_too_few_stages():
         blocks_per_resolution(VARIANTS["b0"], 1, "merge")
 
 
-def test_resolutions_follow_the_plans_strides_and_kernels():
+@pytest.mark.parametrize(("deep_groups", "last"), [(None, {(5, 5, 5)}), ("merge", {(5, 5, 5), (3, 3, 3)})])
+def test_resolutions_follow_the_plans_strides_and_kernels(deep_groups, last):
     """A flat kernel of the plans stays flat in every convolution of its stage, and a stride of 1 is none."""
     strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [1, 2, 2]]
     kernels = [[1, 3, 3], [1, 3, 3], [3, 3, 3], [3, 3, 3]]
-    network = encoder("b0", n_stages=4, strides=strides, kernel_sizes=kernels)
+    options = {"deep_groups": deep_groups} if deep_groups else {}  # truncate is the default
+    network = encoder("b0", n_stages=4, strides=strides, kernel_sizes=kernels, options=options)
     outputs = network(torch.randn(1, 1, 4, 16, 16))
     assert [tuple(o.shape[2:]) for o in outputs] == [(4, 16, 16), (4, 8, 8), (2, 4, 4), (2, 2, 2)]
     assert [o.shape[1] for o in outputs] == network.output_channels
@@ -61,7 +63,7 @@ def test_resolutions_follow_the_plans_strides_and_kernels():
         index: {m.kernel_size for m in stage.modules() if isinstance(m, nn.Conv3d) and m.kernel_size != (1, 1, 1)}
         for index, stage in enumerate(network.stages)
     }
-    assert sizes == {0: {(1, 3, 3)}, 1: {(1, 3, 3)}, 2: {(3, 3, 3)}, 3: {(5, 5, 5), (3, 3, 3)}}
+    assert sizes == {0: {(1, 3, 3)}, 1: {(1, 3, 3)}, 2: {(3, 3, 3)}, 3: last}
 
 
 def test_a_stem_with_a_stride():
@@ -78,10 +80,10 @@ def test_block_types(dimension):
 
 
 def test_stochastic_depth_grows_linearly_and_is_off_by_default():
-    rates = [m.drop_path.p for m in encoder("b0", options={"drop_path_rate": 0.2}).modules()
-             if isinstance(m, MBConv) and hasattr(m.drop_path, "p")]  # fmt: skip
+    rates = [m.drop_path.drop_prob for m in encoder("b0", options={"drop_path_rate": 0.2}).modules()
+             if isinstance(m, MBConv) and hasattr(m.drop_path, "drop_prob")]  # fmt: skip
     assert rates == sorted(rates) and rates[0] > 0 and rates[-1] < 0.2
-    assert not any(hasattr(m.drop_path, "p") for m in encoder("b0").modules() if isinstance(m, MBConv))
+    assert not any(hasattr(m.drop_path, "drop_prob") for m in encoder("b0").modules() if isinstance(m, MBConv))
 
 
 def test_the_papers_batch_norm():
