@@ -74,42 +74,34 @@ def count_operations(network: nn.Module, input_shape: Sequence[int]) -> Operatio
     return OperationCount(counter.by_module[""], dict(counter.by_module), dict(counter.not_counted))
 
 
-@dataclass(frozen=True)
-class ActivationMemory:
-    """Bytes of the tensors that one forward pass makes, in fp32; parameters and operators' workspace not included.
+def training_memory(network: nn.Module, input_shape: Sequence[int]) -> int:
+    """Bytes alive when the forward pass of a training step ends: all that autograd keeps, and the logits.
 
-    Attributes:
-        training: what is alive when the forward pass of a training step ends: all that autograd keeps, and the logits;
-            not the network's input.
-        inference: the largest sum alive at any time of a forward pass without gradients.
+    Counted for an input of ``input_shape``, ``(B, C, *spatial)``, in fp32; the input, the parameters and the operators'
+    workspace are not included. Nothing is computed: the operators run on the meta device, and what they would allocate
+    is added up. This is the path of an accelerator; on a CPU some operators work in place that do not here.
     """
+    allocations, _logits = _follow(network, input_shape, training=True)
+    return allocations.alive()
 
-    training: int
-    inference: int
+
+def inference_memory(network: nn.Module, input_shape: Sequence[int]) -> int:
+    """The most bytes alive at any time of a forward pass without gradients, counted as :func:`training_memory` does."""
+    allocations, _ = _follow(network, input_shape, training=False)
+    return allocations.peak
 
 
-def activation_memory(network: nn.Module, input_shape: Sequence[int]) -> ActivationMemory:
-    """Count the bytes that ``network`` needs for an input of ``input_shape``, ``(B, C, *spatial)``.
-
-    Nothing is computed: the operators run on the meta device, and what they would allocate is added up. This is the
-    path of an accelerator; on a CPU some operators work in place that do not here.
-    """
+def _follow(network: nn.Module, input_shape: Sequence[int], training: bool) -> tuple[_Allocations, object]:
+    """One forward pass: its allocations, and its outputs, which keep alive what autograd keeps."""
     call = _on_meta(network, input_shape)
-    training = _Allocations()
     was_training = network.training
     try:
-        network.train()
-        with torch.enable_grad(), training:
+        network.train(training)
+        with torch.set_grad_enabled(training), _Allocations() as allocations:
             outputs = call()
-        at_the_end = training.alive()
-        del outputs
-        inference = _Allocations()
-        network.eval()
-        with torch.no_grad(), inference:
-            call()
     finally:
         network.train(was_training)
-    return ActivationMemory(at_the_end, inference.peak)
+    return allocations, outputs
 
 
 def _on_meta(network: nn.Module, input_shape: Sequence[int]) -> Callable:

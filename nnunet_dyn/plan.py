@@ -10,9 +10,13 @@ import sys
 import tempfile
 from copy import deepcopy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.plans_templates import Template, load_template, template_names
+
+if TYPE_CHECKING:
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 DEFAULT_SOURCE, DEFAULT_OUTPUT = "nnUNetPlans", "nnUNetDynPlans"
 
@@ -58,20 +62,24 @@ def run(args: argparse.Namespace) -> int:
     output = folder / f"{args.o}.json"
     plans = _start(source, output, args.overwrite)
 
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
     from nnunet_dyn.planning import source_configurations
 
     bases = source_configurations(source)
+    wanted = [(template, _fitting(template, bases, args.c)) for template in templates]
+    names = {f"{base}_{template.name}" for template, fitting in wanted for base in fitting}
+    if not args.overwrite and (existing := sorted(names & set(plans["configurations"]))):
+        raise UsageError(
+            f"{output.name} already has {', '.join(existing)}. Choose another name with -o, or take --overwrite."
+        )
+    manager = PlansManager(source)
+    if manager.experiment_planner_class is None:
+        _progress(f"nnU-Net has no planner {manager.experiment_planner_name}, which made the plans; using its default.")
     added: dict[str, dict] = {}
-    for number, template in enumerate(templates, 1):
-        wanted = _fitting(template, bases, args.c)
-        names = [f"{base}_{template.name}" for base in wanted]
-        if not args.overwrite and (existing := sorted(set(names) & set(plans["configurations"]))):
-            raise UsageError(
-                f"{output.name} already has {', '.join(existing)}. Choose another name with -o, or replace with "
-                "--overwrite."
-            )
-        _progress(f"[{number}/{len(templates)}] {template.name}: {', '.join(wanted)}")
-        added |= _derive(template, source, wanted, args.o, args.gpu_memory_target)
+    for number, (template, fitting) in enumerate(wanted, 1):
+        _progress(f"[{number}/{len(wanted)}] {template.name}: {', '.join(fitting)}")
+        added |= _derive(template, manager, fitting, args.o, args.gpu_memory_target)
     plans["configurations"] |= added
     _write(plans, output)
     _report(added, plans, output, f"nnUNetv2_train {args.d} {next(iter(added))} 0 -p {args.o}", templates[0].trainer)
@@ -139,9 +147,10 @@ def _resolve(plans: dict, path: Path) -> None:
     """Check that every configuration is complete once what it inherits is filled in."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    for name in plans["configurations"]:
+    manager = PlansManager(plans)
+    for name in manager.available_configurations:
         try:
-            entries = PlansManager(plans).get_configuration(name).configuration
+            entries = manager.get_configuration(name).configuration
             missing = [key for key in ("patch_size", "spacing", "architecture") if key not in entries]
             missing += [key for key in ("network_class_name", "arch_kwargs") if key not in entries["architecture"]]
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -190,16 +199,12 @@ def _fitting(template: Template, bases: dict[str, int], wanted: list[str] | None
     return fitting
 
 
-def _derive(template: Template, source: dict, bases: list[str], output_name: str, gpu_memory_target) -> dict[str, dict]:
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
+def _derive(
+    template: Template, plans: PlansManager, bases: list[str], output_name: str, gpu_memory_target: float | None
+) -> dict[str, dict]:
+    """The configurations of ``template`` for each of ``bases``, by name."""
     from nnunet_dyn.planning import derive_configuration, network_planner
 
-    plans = PlansManager(source)
-    if plans.experiment_planner_class is None:
-        _progress(
-            f"nnU-Net has no planner {plans.experiment_planner_name}, which made the plans; using its default one."
-        )
     try:
         planner = network_planner(plans, template, gpu_memory_target)
     except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
@@ -209,7 +214,7 @@ def _derive(template: Template, source: dict, bases: list[str], output_name: str
         ) from error
     derived, cache = {}, {}
     for base in bases:
-        entries = source["configurations"][base]
+        entries = plans.plans["configurations"][base]
         parent = entries.get("inherits_from")
         if parent in bases and set(entries) <= _LINKS:
             configuration = {**entries, "inherits_from": f"{parent}_{template.name}"}

@@ -105,7 +105,7 @@ def network_planner(
     target = {} if gpu_memory_target_in_gb is None else {"gpu_memory_target_in_gb": gpu_memory_target_in_gb}
     planner_class = type(f"{base.__name__}For{template.name}", (_NetworkPlanning, base), {"template": template})
     planner = planner_class(plans.dataset_name, **target)
-    # The reference values of the ResEnc planners hold for residual networks; our unit is the plain network's.
+    # The ResEnc planners have reference values of their own, tuned to residual networks.
     reference = ExperimentPlanner(plans.dataset_name)
     for name in ("UNet_reference_val_3d", "UNet_reference_val_2d", "UNet_reference_val_corresp_GB"):
         setattr(planner, name, getattr(reference, name))
@@ -152,8 +152,9 @@ def derive_configuration(planner: ExperimentPlanner, plans: PlansManager, name: 
         own = {"spacing": spacing, "median_image_size_in_voxels": median}
     slices = 1
     if len(median) == 2:  # the planner's batch size depends on the voxels of the whole data set
-        fullres = plans.plans["configurations"].get("3d_fullres")
-        slices = (fullres["median_image_size_in_voxels"] if fullres else plans.original_median_shape_after_transp)[0]
+        has_fullres = "3d_fullres" in plans.available_configurations
+        volume = plans.get_configuration("3d_fullres").median_image_size_in_voxels if has_fullres else None
+        slices = (volume or plans.original_median_shape_after_transp)[0]
     voxels = float(prod(median)) * slices * planner.dataset_json["numTraining"]
     # The planner starts from a patch that covers the median image, so this makes it start from the wanted patch.
     start = np.array(template.configuration.get("patch_size", median), float)

@@ -4,7 +4,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from plans import arch_kwargs
 from torch import nn
 
-from nnunet_dyn.accounting import activation_memory, count_operations, count_parameters
+from nnunet_dyn.accounting import count_operations, count_parameters, inference_memory, training_memory
 
 
 def operations(module, *shape):
@@ -88,17 +88,16 @@ class Chain(nn.Module):
 def test_activation_memory_by_hand():
     network = Chain()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    memory = activation_memory(network, (3, 2, 10, 10))
     wide, output = 3 * 8 * 100 * 4, 3 * 4 * 100 * 4
     # Sigmoid keeps its result, which the second convolution keeps too; the first one's output is given up.
-    assert memory.training == wide + output
-    assert memory.inference == 2 * wide
+    assert training_memory(network, (3, 2, 10, 10)) == wide + output
+    assert inference_memory(network, (3, 2, 10, 10)) == 2 * wide
     assert network.training and all(torch.equal(before[k], v) for k, v in network.state_dict().items())
     assert all(p.device.type == "cpu" and p.grad is None for p in network.parameters())
 
 
 def test_activation_memory_grows_with_the_batch_and_counts_shared_storage_once():
     network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Flatten(2), nn.Unflatten(2, (8, 8, 8)), nn.ReLU(True))
-    single, double = (activation_memory(network, (batch, 1, 8, 8, 8)) for batch in (1, 2))
-    assert single.training == single.inference == 4 * 512 * 4
-    assert double.training == 2 * single.training
+    single, double = (training_memory(network, (batch, 1, 8, 8, 8)) for batch in (1, 2))
+    assert single == inference_memory(network, (1, 1, 8, 8, 8)) == 4 * 512 * 4
+    assert double == 2 * single

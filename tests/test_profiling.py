@@ -9,7 +9,7 @@ from plans import build
 from torch import nn
 
 from nnunet_dyn import cli, listing, profiling
-from nnunet_dyn.accounting import activation_memory, count_operations, count_parameters
+from nnunet_dyn.accounting import count_operations, count_parameters, inference_memory, training_memory
 from nnunet_dyn.planning import derived_architecture
 from nnunet_dyn.plans_templates import load_template, template_names
 from nnunet_dyn.trainers.catalogue import template_name, trainer_names
@@ -34,8 +34,8 @@ def test_a_patch_beside_stock(tmp_path, capsys):
     )
     counted = count_operations(network, shape)
     assert ours["parameters"] == count_parameters(network) and ours["macs"] == counted.total
-    assert ours["memory_training"] == activation_memory(supervised, shape).training
-    assert ours["memory_inference"] == activation_memory(network, shape).inference
+    assert ours["memory_training"] == training_memory(supervised, shape)
+    assert ours["memory_inference"] == inference_memory(network, shape)
     assert ours["not_counted"] == counted.not_counted and "aten::silu" in counted.not_counted
     assert ours["ratios"]["macs"] == pytest.approx(ours["macs"] / stock["macs"], abs=1e-4)
     assert ours["seconds"] > 0 and ours["stock_seconds"] > 0 and ours["ratios"]["seconds"] > 0
@@ -71,8 +71,8 @@ def test_bad_usage(arguments, message, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
-def test_cuda_without_a_device(capsys):
+def test_cuda_without_a_device(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert profile("--patch", 16, 16, "--device", "cuda") == 1
     assert "no CUDA device here" in capsys.readouterr().err
 

@@ -136,7 +136,7 @@ class ConvNormAct(nn.Module):
         return kept_maps(kept, self.conv.out_channels, strided_size(input_size, self.conv.stride))
 
 
-def kept_maps(maps: float, channels: int, size: Sequence[int]) -> np.int64:
+def kept_maps(maps: int, channels: int, size: Sequence[int]) -> np.int64:
     """Elements of ``maps`` maps that autograd keeps, in nnU-Net's unit of memory.
 
     That unit is what a convolution of ``PlainConvUNet`` costs per element it writes: two kept maps, its output and the

@@ -5,7 +5,7 @@ Three of PyTorch's choices cost the networks of this package much time there:
 - The input gradient of a depthwise convolution takes oneDNN's slow path, many times as long as the convolution. It is
   a depthwise convolution too, of the output's gradient with the mirrored kernel, and that one is fast.
 - At batch 1, a convolution of a map with few channels and slices goes to a general routine that copies its input once
-  per kernel position and leaves channels-last. Asking for oneDNN halves the time.
+  per kernel position and leaves channels-last. oneDNN does not, and is asked by name.
 - A 1×1 convolution in channels-last is a matrix product and needs no convolution routine.
 """
 

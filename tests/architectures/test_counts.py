@@ -5,18 +5,12 @@ from plans import NETWORKS, build
 
 from nnunet_dyn.accounting import count_operations, count_parameters
 from nnunet_dyn.architectures.efficientnet import VARIANTS
-from nnunet_dyn.profiling import read_table1
+from nnunet_dyn.profiling import agrees, read_table1
 
 TABLE = read_table1()
 
 
 WRONG_IN_THE_PAPER = "FullyEfficientUNet-b4"
-
-
-def agrees(value: int, printed: str) -> bool:
-    """Whether ``value`` is ``printed`` (such as 0.958T or 31.196M) at the digits that are printed."""
-    unit = {"M": 1e6, "G": 1e9, "T": 1e12}[printed[-1]]
-    return abs(value / unit - float(printed[:-1])) <= 0.5e-3 * (1 + 1e-9)
 
 
 def network_name(row: str) -> str:

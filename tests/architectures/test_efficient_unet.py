@@ -9,7 +9,7 @@ from plans import NETWORKS, arch_kwargs, build
 from torch import nn
 
 import nnunet_dyn.architectures.efficient_unet as efficient_unet
-from nnunet_dyn.accounting import activation_memory
+from nnunet_dyn.accounting import training_memory
 from nnunet_dyn.architectures import blocks, efficientnet
 from nnunet_dyn.architectures.blocks import MBConv
 from nnunet_dyn.architectures.efficient_unet import RESIDUAL_SCALE, EfficientUNet, GenericUNet
@@ -166,7 +166,7 @@ def test_planned_memory_is_the_memory_that_training_keeps(name, dimension):
     """In nnU-Net's unit: eight bytes in fp32, two maps a convolution of ``PlainConvUNet``."""
     network = build(name, dimension=dimension, n_stages=4, features=(16, 32, 64, 64))
     patch = (64, 64, 64)[:dimension]
-    kept = activation_memory(network, (1, 1, *patch)).training
+    kept = training_memory(network, (1, 1, *patch))
     assert network.compute_conv_feature_map_size(patch) * 8 == pytest.approx(kept, rel=0.05)
 
 
@@ -174,7 +174,7 @@ def test_planned_memory_is_the_memory_that_training_keeps(name, dimension):
 def test_planned_memory_with_a_residual_encoder(name):
     options = {"n_conv_per_stage": None, "n_blocks_per_stage": [1, 3, 4, 6]}
     network = build(name, n_stages=4, features=(16, 32, 64, 64), options=options)
-    kept = activation_memory(network, (1, 1, 64, 64, 64)).training
+    kept = training_memory(network, (1, 1, 64, 64, 64))
     assert network.compute_conv_feature_map_size((64, 64, 64)) * 8 == pytest.approx(kept, rel=0.05)
 
 
