@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from math import prod
+from pydoc import locate
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -46,15 +47,39 @@ def adapt_arch_kwargs(network_class: type[nn.Module], planned: dict, overlay: di
 def derived_architecture(template: Template, planned: dict) -> dict:
     """The architecture block of ``template``'s network for the stages, strides and kernels of ``planned``'s.
 
+    A template whose network takes a ``network_class`` wraps another network: the one it names, or the planned one.
+
     Raises:
         ValueError: see :func:`adapt_arch_kwargs`.
     """
-    kwargs = adapt_arch_kwargs(template.network_class, planned["arch_kwargs"], template.arch_kwargs)
+    overlay, kwargs = template.arch_kwargs, planned["arch_kwargs"]
+    imports = list(planned["_kw_requires_import"])
+    if "network_class" not in inspect.signature(template.network_class).parameters:
+        kwargs = adapt_arch_kwargs(template.network_class, kwargs, overlay)
+    elif "network_class" in overlay:
+        kwargs = adapt_arch_kwargs(_located(overlay["network_class"]), kwargs, overlay)
+        imports.append("network_class")
+    elif planned["network_class_name"] == template.network_class_name:
+        if any(kwargs.get(key) != value for key, value in overlay.items()):
+            raise ValueError(
+                f"The plans name a network that is made with {overlay.keys() & kwargs.keys()} of their own, and "
+                f"{template.name} has others. Take the configuration that this one comes from."
+            )
+    else:
+        kwargs = kwargs | overlay | {"network_class": planned["network_class_name"]}
+        imports.append("network_class")
     return {
         "network_class_name": template.network_class_name,
         "arch_kwargs": kwargs,
-        "_kw_requires_import": [key for key in planned["_kw_requires_import"] if key in kwargs],
+        "_kw_requires_import": [key for key in imports if key in kwargs],
     }
+
+
+def _located(name: str) -> type[nn.Module]:
+    found = locate(name)
+    if not isinstance(found, type):
+        raise ValueError(f"network_class got {name!r}; expected the dotted path of a class that can be imported here.")
+    return found
 
 
 def build_network(architecture: dict, input_channels: int, num_classes: int, **options) -> nn.Module:

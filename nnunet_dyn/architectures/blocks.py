@@ -112,7 +112,8 @@ class ConvNormAct(nn.Module):
         self.nonlin = SiLU() if activation else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training and not torch.is_grad_enabled() and isinstance(self.norm, _BatchNorm):
+        is_static = isinstance(self.conv, _ConvNd)  # a dynamic convolution has no weights to fold into
+        if is_static and not self.training and not torch.is_grad_enabled() and isinstance(self.norm, _BatchNorm):
             return self.nonlin(self._normalised_conv(x))
         return self.nonlin(self.norm(self.conv(x)))
 

@@ -115,6 +115,15 @@ class FastConv3d(_FastConv, nn.Conv3d):
     """``torch.nn.Conv3d`` with an odd kernel, ``padding = kernel // 2`` and no dilation."""
 
 
+def is_fast_geometry(conv: _ConvNd) -> bool:
+    """Whether ``conv`` is what the classes of this module are made for."""
+    return (
+        conv.padding_mode == "zeros"
+        and all(size % 2 and padding == size // 2 for size, padding in zip(conv.kernel_size, conv.padding, strict=False))
+        and all(step == 1 for step in conv.dilation)
+    )
+
+
 def fast_conv_op(conv_op: type[_ConvNd]) -> type[_ConvNd]:
     """The class of this module for ``conv_op``; a class it does not know comes back unchanged."""
     return {nn.Conv2d: FastConv2d, nn.Conv3d: FastConv3d}.get(conv_op, conv_op)

@@ -4,7 +4,8 @@ A template is a JSON file, ``<name>.json`` in this folder or anywhere else. Its 
 
 - ``summary``, ``family``, ``paper``: text for the reader of ``nnunet_dyn list``.
 - ``dimensions``: the dimensions of a patch the network works in, ``[2]``, ``[3]`` or ``[2, 3]``.
-- ``network_class_name``: dotted path of the network's class, as in nnU-Net's plans.
+- ``network_class_name``: dotted path of the network's class, as in nnU-Net's plans. A function that takes a
+  ``network_class``, as ``dynamic_network`` does, is given the planned network's.
 - ``arch_kwargs``: the arguments that the class needs beyond those nnU-Net plans for a U-Net.
 - ``configuration`` (optional): entries of the configuration to set, out of :data:`CONFIGURATION_KEYS`.
 - ``trainer`` (optional): the trainer that the method's own procedure needs. Without it any trainer will do.
@@ -19,8 +20,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
+from typing import TYPE_CHECKING
 
 from nnunet_dyn.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def _positive(kind: type | tuple) -> Callable[[object], bool]:
@@ -70,8 +75,8 @@ class Template:
     trainer: str | None = None
 
     @property
-    def network_class(self) -> type:
-        """The network's class.
+    def network_class(self) -> Callable[..., nn.Module]:
+        """The network's class, or the function that makes it.
 
         Raises:
             UsageError: there is no such class, or it does not take ``arch_kwargs`` or cannot plan its memory.
@@ -80,20 +85,22 @@ class Template:
             found = locate(self.network_class_name)
         except ErrorDuringImport as error:
             raise UsageError(f"Template {self.name}: {self.network_class_name} cannot be imported: {error}") from error
-        if not isinstance(found, type):
+        if not callable(found):
             raise UsageError(
                 f"Template {self.name}: network_class_name got {self.network_class_name!r}; expected the dotted path "
                 "of a class that can be imported here. Correct it, or install what it comes from."
             )
-        if not hasattr(found, "compute_conv_feature_map_size"):
+        if isinstance(found, type) and not hasattr(found, "compute_conv_feature_map_size"):
             raise UsageError(
                 f"Template {self.name}: {self.network_class_name} has no compute_conv_feature_map_size; expected what "
                 "nnU-Net asks of a network, to plan its memory. Add it to the class."
             )
-        if unknown := sorted(set(self.arch_kwargs) - set(inspect.signature(found).parameters)):
+        parameters = inspect.signature(found).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        if (unknown := sorted(set(self.arch_kwargs) - set(parameters))) and not takes_any:
             raise UsageError(
                 f"Template {self.name}: arch_kwargs got {', '.join(unknown)}, which {self.network_class_name} does not "
-                f"take; it takes {', '.join(inspect.signature(found).parameters)}."
+                f"take; it takes {', '.join(parameters)}."
             )
         return found
 

@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunet_dyn.planning import build_network, check_patch_size, derived_architecture
+from nnunet_dyn.plans_templates import Template, load_template
+from nnunet_dyn.trainers.catalogue import template_name
+
+
+def build_from_plans(
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    num_input_channels: int,
+    num_output_channels: int,
+    enable_deep_supervision: bool = True,
+    *,
+    template: Template,
+) -> nn.Module:
+    """Build ``template``'s network for a configuration that was planned for one of nnU-Net's U-Nets.
+
+    Raises:
+        ValueError: the configuration's architecture is not one that ``template`` can start from, or its patch does
+            not fit the strides.
+    """
+    architecture = derived_architecture(template, configuration_manager.configuration["architecture"])
+    if strides := architecture["arch_kwargs"].get("strides"):
+        strides = [[s] * len(configuration_manager.patch_size) if isinstance(s, int) else s for s in strides]
+        check_patch_size(configuration_manager.patch_size, strides, plans_manager.plans_name)
+    return build_network(
+        architecture, num_input_channels, num_output_channels, deep_supervision=enable_deep_supervision
+    )
+
+
+def network_builder(name: str) -> dict[str, staticmethod]:
+    """The member by which the trainer called ``name`` builds the network of its template."""
+    build = partial(build_from_plans, template=load_template(template_name(name)))
+    return {"build_network_architecture": staticmethod(build)}
 
 
 class DynTrainer(nnUNetTrainer):

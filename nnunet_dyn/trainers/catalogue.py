@@ -18,7 +18,14 @@ _EFFICIENT = (
     ),
     "nnUNetTrainerFullyEffGeneric",
 )
-FAMILIES: dict[str, tuple[str, ...]] = {"nnunet_dyn.trainers.efficient_unet": _EFFICIENT}
+_DYNAMIC = tuple(
+    f"nnUNetTrainer{method}"
+    for method in ("MAGIC1x", "MAGIC2x", "MAGIC4x", "DYConv4x", "CondConv8x", "ODConv4x", "DCD", "DDConv")
+)
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "nnunet_dyn.trainers.efficient_unet": _EFFICIENT,
+    "nnunet_dyn.trainers.dynamic_convs": _DYNAMIC,
+}
 
 # nnU-Net's own trainer gets lengths too, so that a baseline can be trained exactly as long.
 STOCK = "nnUNetTrainer"
