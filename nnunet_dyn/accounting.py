@@ -144,6 +144,11 @@ _FORMULAS = {
     aten._native_batch_norm_legit_no_training: lambda args, out: _normalisation(args[0], args[1], False),
 }
 
+# Operators that exist once their library is imported. Of a deformable convolution its products, not its interpolation.
+_FORMULAS_OF_LIBRARIES = {
+    "torchvision::deform_conv2d": lambda args, out: out.numel() * prod(args[1].shape[1:]),
+}
+
 
 class _Counter(TorchDispatchMode):
     """Sees every operator that runs, whoever calls it, and books it on the modules that are running."""
@@ -162,13 +167,14 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        formula = _FORMULAS.get(func.overloadpacket)
+        name = func.overloadpacket._qualified_op_name
+        formula = _FORMULAS.get(func.overloadpacket) or _FORMULAS_OF_LIBRARIES.get(name)
         if formula is not None:
             operations = formula(args, out)
-            for name in self.open_modules:
-                self.by_module[name] += operations
-        elif func.overloadpacket._qualified_op_name not in _FREE:
-            self.not_counted[func.overloadpacket._qualified_op_name] += 1
+            for module in self.open_modules:
+                self.by_module[module] += operations
+        elif name not in _FREE:
+            self.not_counted[name] += 1
         return out
 
 

@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_dyn.planning import source_configurations
 
     bases = source_configurations(source)
-    wanted = [(template, _fitting(template, bases, args.c)) for template in templates]
+    wanted = [(template, _fitting(template, bases, args.c, skip=not args.t)) for template in templates]
+    wanted = [(template, fitting) for template, fitting in wanted if fitting]
     names = {f"{base}_{template.name}" for template, fitting in wanted for base in fitting}
     if not args.overwrite and (existing := sorted(names & set(plans["configurations"]))):
         raise UsageError(
@@ -183,14 +184,18 @@ def _start(source: dict, output: Path, overwrite: bool) -> dict:
     )
 
 
-def _fitting(template: Template, bases: dict[str, int], wanted: list[str] | None) -> list[str]:
-    """The configurations that ``template`` is planned for; ``bases`` gives each one's dimension."""
+def _fitting(template: Template, bases: dict[str, int], wanted: list[str] | None, skip: bool) -> list[str]:
+    """The configurations that ``template`` is planned for; ``bases`` gives each one's dimension.
+
+    Args:
+        skip: leave out what does not fit, instead of refusing.
+    """
     if unknown := sorted(set(wanted or []) - set(bases)):
         raise UsageError(
             f"-c got {', '.join(unknown)}; the plans have {', '.join(bases) or 'no U-Net'}. Name some of those."
         )
     fitting = [name for name in wanted or bases if bases[name] in template.dimensions]
-    if not fitting or (wanted and fitting != wanted):
+    if not skip and (not fitting or (wanted and fitting != wanted)):
         possible = " and ".join(f"{d}D" for d in template.dimensions)
         raise UsageError(
             f"Template {template.name} works in {possible}; got {', '.join(wanted or bases)}. Choose a configuration "

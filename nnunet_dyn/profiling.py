@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.plan import dataset_folder, load_plans
-from nnunet_dyn.trainers.catalogue import STOCK, trainer_names
+from nnunet_dyn.plans_templates import load_template
+from nnunet_dyn.trainers.catalogue import STOCK, template_name, trainer_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -231,8 +232,6 @@ def planned_configuration(patch_size: tuple[int, ...]) -> dict:
 
 def _subjects(args: argparse.Namespace) -> list[Subject]:
     """The stock network first, then what was asked for."""
-    names = args.tr or [name for name in trainer_names() if "ImageNet" not in name]
-    names = [name for name in names if name != STOCK]
     if args.patch is not None:
         if args.d is not None or args.c is not None:
             raise UsageError("Got --patch beside -d or -c; expected one of the two ways.")
@@ -242,7 +241,7 @@ def _subjects(args: argparse.Namespace) -> list[Subject]:
             )
         name = f"{len(args.patch)}d"
         plans = {"plans_name": "--patch", "configurations": {name: planned_configuration(tuple(args.patch))}}
-        pairs = [(name, trainer) for trainer in (STOCK, *names)]
+        pairs = [(name, trainer) for trainer in _trainers(args.tr, len(args.patch))]
         dataset = {
             "channel_names": {str(channel): "image" for channel in range(args.channels)},
             "labels": {"background": 0} | {str(label): label for label in range(1, args.classes)},
@@ -252,7 +251,7 @@ def _subjects(args: argparse.Namespace) -> list[Subject]:
             raise UsageError("Got neither a data set with a configuration (-d, -c) nor --patch; expected one of them.")
         folder = dataset_folder(args.d, "nnUNet_preprocessed")
         plans = load_plans(folder, args.p)
-        pairs = _of_plans(plans, args, names)
+        pairs = _of_plans(plans, args)
         try:
             dataset = json.loads((folder / "dataset.json").read_text())
         except (OSError, ValueError) as error:
@@ -262,7 +261,18 @@ def _subjects(args: argparse.Namespace) -> list[Subject]:
     return [_subject(plans, dataset, configuration, trainer) for configuration, trainer in pairs]
 
 
-def _of_plans(plans: dict, args: argparse.Namespace, names: list[str]) -> list[tuple[str, str]]:
+def _trainers(wanted: list[str] | None, dimension: int) -> list[str]:
+    """The stock trainer, then those that are ``wanted``, or all whose networks work in ``dimension`` dimensions."""
+    if wanted is None:
+        wanted = [
+            name
+            for name in trainer_names()
+            if "ImageNet" not in name and dimension in load_template(template_name(name)).dimensions
+        ]
+    return [STOCK, *(name for name in wanted if name != STOCK)]
+
+
+def _of_plans(plans: dict, args: argparse.Namespace) -> list[tuple[str, str]]:
     """(configuration, trainer) pairs; a derived configuration is set beside the one it comes from."""
     from nnunet_dyn.planning import source_configurations
 
@@ -270,7 +280,7 @@ def _of_plans(plans: dict, args: argparse.Namespace, names: list[str]) -> list[t
     if args.c not in plans["configurations"]:
         raise UsageError(f"-c got {args.c!r}; {args.p} has {', '.join(plans['configurations'])}. Name one of those.")
     if args.c in sources:
-        return [(args.c, trainer) for trainer in (STOCK, *names)]
+        return [(args.c, trainer) for trainer in _trainers(args.tr, sources[args.c])]
     source = args.c.rpartition("_")[0]  # as nnunet_dyn plan names what it derives
     if source not in sources:
         source = plans["configurations"][args.c].get("inherits_from")

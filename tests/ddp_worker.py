@@ -5,11 +5,20 @@ import torch.distributed as dist
 from plans import build
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_dyn.architectures.dynamic_convs import METHODS, make_dynamic
+
+
+def network_of(name: str) -> torch.nn.Module:
+    """A network of ``plans.NETWORKS``, or nnU-Net's own with the dynamic convolutions that ``name`` says."""
+    base = "GenericUNet" if name in METHODS else name
+    network = build(base, dimension=2, n_stages=3, features=(8, 12, 16))
+    return make_dynamic(network, name) if name in METHODS else network
+
 
 def train(rank: int, folder: str, name: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    network = DistributedDataParallel(build(name, dimension=2, n_stages=3, features=(8, 12, 16)))
+    network = DistributedDataParallel(network_of(name))
     optimizer = torch.optim.SGD(network.parameters(), 0.01)
     for step in range(2):
         torch.manual_seed(10 * step + rank)  # every process has its own batch, of one sample

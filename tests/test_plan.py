@@ -152,7 +152,7 @@ def test_plans_of_another_origin_are_not_mixed(dataset, capsys):
     ("arguments", "message"),
     [
         (["-p", "nnUNetOtherPlans"], "No plans nnUNetOtherPlans in .*; there are: nnUNetPlans. Run"),
-        (["-t", "effv3"], "Unknown template 'effv3'. Expected one of effb0, "),
+        (["-t", "effv3"], "Unknown template 'effv3'. Expected one of "),
         (["-t", "missing.json"], "Cannot read the template missing.json: No such file"),
         (["-o", "nnUNetPlans"], "-o got 'nnUNetPlans'; expected a name other than 'nnUNetPlans'"),
         (["-o", "a__b"], "without double underscore"),

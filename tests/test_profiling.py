@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 from plans import build
-from torch import nn
 
 from nnunet_dyn import cli, listing, profiling
 from nnunet_dyn.accounting import count_operations, count_parameters, inference_memory, training_memory
@@ -152,5 +151,5 @@ def test_list_has_every_trainer_and_template_and_its_cost(capsys, monkeypatch):
 @pytest.mark.parametrize("trainer", trainer_names())
 def test_every_trainer_has_a_template_that_says_what_it_is(trainer):
     template = load_template(template_name(trainer))
-    assert issubclass(template.network_class, nn.Module)
+    assert callable(template.network_class)
     assert template.paper and template.summary and template.trainer is None

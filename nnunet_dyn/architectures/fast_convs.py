@@ -119,7 +119,9 @@ def is_fast_geometry(conv: _ConvNd) -> bool:
     """Whether ``conv`` is what the classes of this module are made for."""
     return (
         conv.padding_mode == "zeros"
-        and all(size % 2 and padding == size // 2 for size, padding in zip(conv.kernel_size, conv.padding, strict=False))
+        and all(
+            size % 2 and padding == size // 2 for size, padding in zip(conv.kernel_size, conv.padding, strict=False)
+        )
         and all(step == 1 for step in conv.dilation)
     )
 

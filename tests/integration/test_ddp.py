@@ -3,14 +3,15 @@
 import pytest
 import torch
 import torch.multiprocessing as mp
-from ddp_worker import train
-from plans import build
+from ddp_worker import network_of, train
+
+from nnunet_dyn.architectures.dynamic_convs import METHODS
 
 
-@pytest.mark.parametrize("name", ["EfficientUNet-b0", "FullyEfficientUNet-v2s"])
+@pytest.mark.parametrize("name", ["EfficientUNet-b0", "FullyEfficientUNet-v2s", *METHODS])
 def test_processes_stay_in_step_without_unused_parameters(tmp_path, name):
     mp.spawn(train, args=(str(tmp_path), name), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in range(2))
-    start = build(name, dimension=2, n_stages=3, features=(8, 12, 16)).state_dict()
+    start = network_of(name).state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert not all(torch.equal(first[key], start[key]) for key in first)

@@ -83,9 +83,10 @@ def test_predict_and_evaluate(trained, tmp_path):
     assert set(json.loads((tmp_path / "summary.json").read_text())["mean"]) == {"1", "2", "3"}
 
 
-def test_resuming_continues_a_run_by_name_alone(workspace):
+@pytest.mark.parametrize("name", ["nnUNetTrainerEffB0", "nnUNetTrainerODConv4x"])
+def test_resuming_continues_a_run_by_name_alone(workspace, name):
     """A run that was cut off after its checkpoint goes on to its end."""
-    trainer = "nnUNetTrainerEffB0_2epochs_1iters"
+    trainer = f"{name}_2epochs_1iters"
     arguments = (999, "3d_fullres", 0, "-tr", trainer, "-device", "cpu")
     workspace.run("nnUNetv2_train", *arguments)
     fold = workspace.model("3d_fullres", trainer) / "fold_0"
@@ -101,8 +102,10 @@ def test_resuming_continues_a_run_by_name_alone(workspace):
     assert "Epoch 1" in again.stdout and "Epoch 0" not in again.stdout
     finished = torch.load(fold / "checkpoint_final.pth", weights_only=False)
     assert finished["current_epoch"] == 2
-    before, after = (saved["network_weights"]["encoder.stages.0.0.conv.weight"] for saved in (checkpoint, finished))
-    assert not torch.equal(before, after)
+    before, after = (saved["network_weights"] for saved in (checkpoint, finished))
+    assert not all(torch.equal(before[key], after[key]) for key in before)
+    done = [key for key in after if key.endswith("passes_done")]
+    assert bool(done) == ("ODConv" in name) and all(after[key] == before[key] + 1 for key in done)
 
 
 def test_find_best_configuration_and_move_the_model(trained, tmp_path):
@@ -123,15 +126,15 @@ def test_find_best_configuration_and_move_the_model(trained, tmp_path):
 
 def test_derived_configurations_train_with_nnunets_own_trainer(workspace, tmp_path):
     """From ``nnunet_dyn plan`` to a prediction of the best of two configurations, over two folds."""
-    shown = workspace.run("nnunet_dyn", "plan", "-d", 999, "-t", "effb0", "fullyeffgeneric", "-gpu_memory_target", 1)
+    shown = workspace.run("nnunet_dyn", "plan", "-d", 999, "-t", "effb0", "magic2x", "-gpu_memory_target", 1)
     assert "3d_fullres_effb0" in shown.stdout and "not there yet" not in shown.stdout
     data = sorted(path.name for path in (workspace.folder / "preprocessed" / DATASET).iterdir() if path.is_dir())
     trainer, plans = "nnUNetTrainer_1epochs_1iters", "nnUNetDynPlans"
     common = ("-p", plans, "-tr", trainer)
-    for configuration in ("3d_fullres_effb0", "2d_fullyeffgeneric"):
+    for configuration in ("3d_fullres_effb0", "2d_magic2x"):
         for fold in (0, 1):
             workspace.run("nnUNetv2_train", 999, configuration, fold, *common, "-device", "cpu", "--npz")
-    workspace.run("nnUNetv2_find_best_configuration", 999, "-c", "3d_fullres_effb0", "2d_fullyeffgeneric",
+    workspace.run("nnUNetv2_find_best_configuration", 999, "-c", "3d_fullres_effb0", "2d_magic2x",
                   "-p", plans, "-tr", trainer, "-f", 0, 1, "-np", 1)  # fmt: skip
     best = json.loads((workspace.folder / "results" / DATASET / "inference_information.json").read_text())
     assert len(best["all_results"]) == 3  # each of them and their ensemble

@@ -12,6 +12,8 @@ CONTRACT = [
     *(f"nnUNetTrainer{decoder}B{index}" for decoder in ("Eff", "FullyEff") for index in range(8)),
     *(f"nnUNetTrainer{decoder}V2{size}" for decoder in ("Eff", "FullyEff") for size in "SML"),
     "nnUNetTrainerFullyEffGeneric",
+    *(f"nnUNetTrainerMAGIC{kernels}x" for kernels in (1, 2, 4)),
+    *(f"nnUNetTrainer{peer}" for peer in ("DYConv4x", "CondConv8x", "ODConv4x", "DCD", "DDConv")),
 ]
 
 
@@ -20,12 +22,15 @@ def get(name):
 
 
 def test_every_promised_name_exists():
-    assert len(CONTRACT) == 23 and set(CONTRACT) <= set(trainer_names())
+    assert len(CONTRACT) == 31 and set(CONTRACT) <= set(trainer_names())
     assert {name.removesuffix("_ImageNet") for name in trainer_names()} == set(CONTRACT)
     assert all("__" not in name for name in trainer_names())  # nnU-Net splits result folders there
 
 
-@pytest.mark.parametrize("name", ["nnUNetTrainerEffV2S", "nnUNetTrainerFullyEffGeneric", "nnUNetTrainerEffB0_ImageNet"])
+@pytest.mark.parametrize(
+    "name",
+    ["nnUNetTrainerEffV2S", "nnUNetTrainerFullyEffGeneric", "nnUNetTrainerEffB0_ImageNet", "nnUNetTrainerMAGIC4x"],
+)
 @pytest.mark.parametrize("length", ["", "_20epochs", "_5iters", "_2epochs_10iters"])
 def test_a_name_is_one_picklable_class(name, length):
     trainer = get(name + length)

@@ -1,31 +1,20 @@
 """What each trainer builds from plans, and how it trains, through nnU-Net's own steps on a small data set."""
 
 import inspect
-import json
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from batchgenerators.utilities.file_and_folder_operations import save_json
 from plans import plans_manager
 from torch import nn
+from training import LABELS, build, steps, trainer_class
 
-import nnunet_dyn.trainers
 from nnunet_dyn.architectures import imagenet
 from nnunet_dyn.architectures.efficient_unet import EfficientUNet, GenericUNet
 from nnunet_dyn.trainers import trainer_names
 
-BASE_NAMES = [name for name in trainer_names() if not name.endswith("_ImageNet")]
-
-
-def trainer_class(name):
-    return getattr(nnunet_dyn.trainers, name)
-
-
-def build(name, plans, channels=2, heads=3, deep_supervision=True):
-    configuration = plans.get_configuration(plans.available_configurations[0])
-    return trainer_class(name).build_network_architecture(plans, configuration, channels, heads, deep_supervision)
+BASE_NAMES = [name for name in trainer_names() if "Eff" in name and not name.endswith("_ImageNet")]
 
 
 @pytest.mark.parametrize("dimension", [2, 3])
@@ -87,89 +76,6 @@ def test_plans_it_cannot_serve():
 
 
 # --- training ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def prepared(tmp_path, monkeypatch):
-    """A factory of trainers on a data set that is preprocessed as nnU-Net leaves it."""
-    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-    from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
-
-    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
-    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    torch.set_num_threads(1)
-
-    def make(name, dimension=3, channels=1, labels=None, regions_class_order=None, **plan):
-        labels = labels or {"background": 0, "organ": 1, "tumour": 2}
-        plans = plans_manager(dimension, n_stages=3, features=(8, 12, 16), patch_size=[16] * dimension, **plan)
-        dataset = {
-            "channel_names": {str(channel): "CT" for channel in range(channels)},
-            "labels": labels,
-            "numTraining": 2,
-            "file_ending": ".nii.gz",
-        }
-        if regions_class_order:
-            dataset["regions_class_order"] = regions_class_order
-        folder = tmp_path / "preprocessed" / "Dataset999_Test" / "nnUNetPlans"
-        folder.mkdir(parents=True, exist_ok=True)
-        manager = plans.get_label_manager(dataset)
-        sampled = list(manager.foreground_regions if manager.has_regions else manager.foreground_labels)
-        if manager.has_ignore_label:
-            sampled.append([-1, *manager.all_labels])
-        rng = np.random.default_rng(0)
-        highest = max(max(v) if isinstance(v, (list, tuple)) else v for v in labels.values())
-        for case in ("case_0", "case_1"):
-            if (folder / f"{case}.pkl").exists():
-                continue
-            segmentation = np.zeros((1, 20, 20, 20), np.int16)
-            for label in range(1, highest + 1):
-                segmentation[0, 4 * label - 2 : 4 * label + 1, 5:15, 5:15] = label
-            image = segmentation + rng.normal(0, 0.1, (channels, 20, 20, 20))
-            locations = DefaultPreprocessor._sample_foreground_locations(segmentation, sampled)
-            image = image.astype(np.float32)
-            blocks, chunks = comp_blosc2_params(image.shape, (16,) * 3, image.itemsize)
-            seg_blocks, seg_chunks = comp_blosc2_params(segmentation.shape, (16,) * 3, segmentation.itemsize)
-            nnUNetDatasetBlosc2.save_case(
-                image,
-                segmentation,
-                {"class_locations": locations},
-                str(folder / case),
-                chunks=chunks,
-                blocks=blocks,
-                chunks_seg=seg_chunks,
-                blocks_seg=seg_blocks,
-            )
-        save_json(plans.plans, str(tmp_path / "preprocessed" / "Dataset999_Test" / "nnUNetPlans.json"))
-        configuration = plans.available_configurations[0]
-        return trainer_class(name)(
-            json.loads(json.dumps(plans.plans)) | {"continue_training": False},
-            configuration,
-            "all",
-            dataset,
-            torch.device("cpu"),
-        )
-
-    return make
-
-
-def steps(trainer, count=1):
-    """Initialise ``trainer`` if need be and run ``count`` training steps on nnU-Net's own batches."""
-    if not trainer.was_initialized:
-        trainer.initialize()
-    trainer.dataloader_train, trainer.dataloader_val = trainer.get_dataloaders()
-    trainer.network.train()
-    return [trainer.train_step(next(trainer.dataloader_train))["loss"] for _ in range(count)]
-
-
-LABELS = {
-    "classes": {"labels": {"background": 0, "organ": 1, "tumour": 2}},
-    "regions": {
-        "labels": {"background": 0, "whole": [1, 2], "tumour": [2]},
-        "regions_class_order": [1, 2],
-    },
-    "ignore": {"labels": {"background": 0, "organ": 1, "ignore": 2}},
-}
 
 
 @pytest.mark.parametrize("labels", LABELS)

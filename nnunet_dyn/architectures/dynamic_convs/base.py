@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -98,7 +99,7 @@ class DynamicConv(nn.Module, ABC):
                 f"{type(self).__name__} got an input of shape {tuple(x.shape)}; expected (batch, {self.in_channels}, "
                 f"and {len(self.kernel_size)} spatial axes)."
             )
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             attention = self.attend(x)
         run, is_eager = self._convolve, not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         if is_eager and torch.is_grad_enabled():
@@ -111,7 +112,7 @@ class DynamicConv(nn.Module, ABC):
         return torch.cat([run(*part) for part in parts])
 
     def _convolve(self, x: torch.Tensor, *attention: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             weight, bias = self.assemble(*attention)
         return self.convolve(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -219,6 +220,13 @@ def fresh_kernel(conv: DynamicConv, initialize: Callable[[nn.Module], object] | 
     if initialize is not None:
         initialize(static)
     return static.weight, static.bias
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    """A context in which operators on the device of ``x`` compute in the dtype of their arguments."""
+    if not torch.amp.is_autocast_available(x.device.type):  # such as meta
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 class Linear(nn.Linear):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nnunet_dyn.architectures.dynamic_convs.base import DynamicConv, Kernel, Linear, fresh_kernel, reduced
+from nnunet_dyn.architectures.dynamic_convs.base import DynamicConv, Kernel, LayerNorm, Linear, fresh_kernel, reduced
 
 
 class DCDConv(DynamicConv):
@@ -17,8 +17,9 @@ class DCDConv(DynamicConv):
 
     Eq. 4 of the paper; for kernels larger than 1 the residual acts at the kernel's centre (its Section 3.3 with
     ``L_k = 1``). Widths as in the authors' block for ResNet-18: the map is pooled to 2×2 in the last two axes, which
-    gives 4C numbers; the reduced space has ``√(4C)`` dimensions. Their normalisations inside the residual are left
-    out, so that Λ, P, Φ and Q make one kernel.
+    gives 4C numbers; the reduced space has ``√(4C)`` dimensions. Their batch normalisations inside the residual are
+    replaced by a layer normalisation of the squeezed vector, so that Λ, P, Φ and Q make one kernel, which does not grow
+    with the input.
     """
 
     def __init__(self, *geometry, reduction: int = 16, **named_geometry):
@@ -28,7 +29,7 @@ class DCDConv(DynamicConv):
         pooled = 4 * self.in_channels
         self.rank = math.isqrt(pooled)
         hidden = reduced(max(pooled, self.rank**2), reduction)
-        self.squeeze = Linear(pooled, hidden, bias=False)
+        self.squeeze = nn.Sequential(Linear(pooled, hidden, bias=False), LayerNorm(hidden))
         self.gate = Linear(hidden, hidden, bias=False)
         self.scale = Linear(hidden, self.out_channels, bias=False)
         self.fusion = Linear(hidden, self.rank**2, bias=False)

@@ -9,6 +9,7 @@ import torch
 from torch.nn.modules.conv import _ConvNd
 from torchvision.ops import deform_conv2d
 
+from nnunet_dyn.architectures.dynamic_convs.base import without_autocast
 from nnunet_dyn.architectures.dynamic_convs.condconv import CondConv
 
 
@@ -51,7 +52,7 @@ class DDConv(CondConv):
         return self.coefficients(x), self.offsets(x)
 
     def _convolve(self, x: torch.Tensor, coefficients: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             weight, bias = self.assemble(coefficients)
             biases = [None] * len(x) if bias is None else bias
             samples = [

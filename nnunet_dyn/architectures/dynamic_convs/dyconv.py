@@ -13,7 +13,7 @@ class DYConv(KernelBank):
 
     def __init__(self, *geometry, n_kernels: int = 4, reduction: int = 4, **named_geometry):
         super().__init__(*geometry, n_kernels=n_kernels, **named_geometry)
-        hidden = reduced(self.in_channels, reduction)
+        hidden = reduced(self.in_channels, reduction, minimum=16)
         self.attention = nn.Sequential(
             Linear(self.in_channels, hidden, bias=False), nn.ReLU(), Linear(hidden, n_kernels)
         )

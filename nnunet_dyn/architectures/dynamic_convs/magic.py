@@ -57,8 +57,9 @@ class MAGICConv(KernelBank):
         self.spatial, self.channel = spatial, channel
         self.non_local = _GlobalContext(channels) if non_local else None
         self.summary = None if spatial or channel or non_local else nn.Parameter(torch.randn(channels))
+        hidden = reduced(channels, 1, minimum=8)  # with one channel, a ReLU can be off for every input
         self.fusion = nn.Sequential(
-            Linear(channels, channels, bias=False), nn.ReLU(), Linear(channels, channels, bias=False)
+            Linear(channels, hidden, bias=False), nn.ReLU(), Linear(hidden, channels, bias=False)
         )
         self.mixture = Linear(channels, n_kernels, bias=False) if n_kernels > 1 else None
         self.recalculation = None

@@ -36,6 +36,17 @@ _METHODS = {
 METHODS = tuple(_METHODS)
 
 
+def method_class(method: str) -> type[DynamicConv]:
+    """The dynamic convolution of ``method``.
+
+    Raises:
+        ValueError: it is not one of :data:`METHODS`.
+    """
+    if method not in _METHODS:
+        raise ValueError(f"method got {method!r}; expected one of {', '.join(METHODS)}.")
+    return _METHODS[method]()
+
+
 def make_dynamic(
     network: nn.Module, method: str, n_kernels: int | None = None, *, upcycle: bool = False, **options
 ) -> nn.Module:
@@ -58,9 +69,7 @@ def make_dynamic(
         ValueError: an unknown method, an argument it does not take or allow, or nothing to replace. ``network`` is
             unchanged then.
     """
-    if method not in _METHODS:
-        raise ValueError(f"method got {method!r}; expected one of {', '.join(METHODS)}.")
-    dynamic_class = _METHODS[method]()
+    dynamic_class = method_class(method)
     if n_kernels is not None:
         if not issubclass(dynamic_class, KernelBank):
             raise ValueError(f"n_kernels got {n_kernels}, but {method} has one kernel. Leave it out.")
