@@ -106,10 +106,21 @@ class DynamicConv(nn.Module, ABC):
             # The backward pass makes the kernels again: kept, they can be larger than the maps. The checkpoint stops
             # once it has what was not kept, before the convolution.
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-        if len(x) == 1 or not (is_eager and _is_faster_one_by_one(x)):
+        if len(x) == 1 or not (is_eager and self._runs_one_by_one(x)):
             return run(x, *attention)
         parts = zip(x.split(1), *(part.split(1) for part in attention), strict=True)
         return torch.cat([run(*part) for part in parts])
+
+    def _runs_one_by_one(self, x: torch.Tensor) -> bool:
+        """Whether samples are convolved one after the other, rather than as groups of one convolution.
+
+        Measured on a CPU (``benchmarks/grouped_convs.py``): in 2D, groups of many channels are slow; in 3D, PyTorch
+        takes a slow routine for the gradients of one small map. Groups would take a map out of channels-last. cuDNN's
+        3D convolutions of several wide groups are slow.
+        """
+        if x.device.type == "cpu":
+            return x.ndim == 4 or not x.is_contiguous()
+        return x.ndim == 5
 
     def _convolve(self, x: torch.Tensor, *attention: torch.Tensor) -> torch.Tensor:
         with without_autocast(x):
@@ -136,18 +147,6 @@ class DynamicConv(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-
-
-def _is_faster_one_by_one(x: torch.Tensor) -> bool:
-    """Whether the samples of ``x`` are convolved one after the other, rather than as groups of one convolution.
-
-    Measured on a CPU (``benchmarks/grouped_convs.py``): in 2D, groups of many channels are slow; in 3D, PyTorch takes
-    a slow routine for the gradients of one small map. Groups would take a map out of channels-last. cuDNN's 3D
-    convolutions of several wide groups are slow.
-    """
-    if x.device.type == "cpu":
-        return x.ndim == 4 or not x.is_contiguous()
-    return x.ndim == 5
 
 
 class KernelBank(DynamicConv):

@@ -81,6 +81,23 @@ class MAGICConv(KernelBank):
         importance = self.recalculation(beta)
         return importance if mixture is None else importance * mixture
 
+    def _runs_one_by_one(self, x: torch.Tensor) -> bool:
+        return not self._scales_its_output() and super()._runs_one_by_one(x)
+
+    def _convolve(self, x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        if not self._scales_its_output():
+            return super()._convolve(x, coefficients)
+        bias = None if self.biases is None else self.biases[0].to(x.dtype)
+        y = self._static._conv_forward(x, self.kernels[0].to(x.dtype), bias)
+        return y.mul_(coefficients.view(-1, *(1,) * (y.ndim - 1)))
+
+    def _scales_its_output(self) -> bool:
+        """Whether to scale the output by the coefficient of the one kernel, which then serves the whole batch as it is.
+
+        Not in training, where the map before it is scaled would have to be kept.
+        """
+        return self.n_kernels == 1 and not torch.is_grad_enabled()
+
     def _summarise(self, x: torch.Tensor) -> torch.Tensor:
         """``β_s + β_c + β_g``, ``(B, C)``."""
         if self.summary is not None:

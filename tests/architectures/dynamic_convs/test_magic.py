@@ -63,6 +63,15 @@ def test_every_ablation_trains_all_it_has(switches, n_kernels):
     assert torch.equal(first, second) == (not any(switches.values()))  # without a summary, one mixture for all
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_one_kernel_without_gradients_serves_the_whole_batch(layout):
+    module, x = conv(1).eval(), torch.randn(3, 8, 9, 9).to(memory_format=layout)
+    with torch.no_grad():
+        fast = module(x)
+    torch.testing.assert_close(fast, module(x).detach(), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(*module.coefficients(x)[:2])
+
+
 def test_what_cannot_be_asked_for():
     with pytest.raises(ValueError, match="one kernel without recalculation"):
         conv(1, recalculation=False)
