@@ -1,6 +1,7 @@
 """Dynamic convolutions through nnU-Net's trainer: what is built from plans, how it trains, what a checkpoint keeps."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +10,14 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from plans import plans_manager
 from training import LABELS, build, steps, trainer_class
 
+import nnunet_dyn
 from nnunet_dyn.architectures.dynamic_convs import DynamicConv
 from nnunet_dyn.architectures.dynamic_convs.base import Temperature
 from nnunet_dyn.architectures.efficient_unet import EfficientUNet
 from nnunet_dyn.planning import build_network, derived_architecture
 from nnunet_dyn.plans_templates import load_template
 from nnunet_dyn.trainers.catalogue import FAMILIES, template_name
+from nnunet_dyn.trainers.dynamic_convs import upcycle_checkpoint
 
 NAMES = FAMILIES["nnunet_dyn.trainers.dynamic_convs"]
 
@@ -150,3 +153,24 @@ def test_annealing_takes_at_most_ten_of_nnunets_epochs(prepared):
     trainer.initialize()
     passes = {module.passes_to_one.item() for module in trainer.network.modules() if isinstance(module, Temperature)}
     assert passes == {2500} and trainer_class("nnUNetTrainerDYConv4x").__doc__
+
+
+def test_a_static_checkpoint_is_upcycled_for_pretraining(prepared, tmp_path, monkeypatch):
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+
+    monkeypatch.setenv("nnUNet_extTrainer", str(Path(nnunet_dyn.__file__).parent / "ext_trainer"))
+    static = prepared("nnUNetTrainer_1epochs_1iters")
+    steps(static)
+    static.save_checkpoint(str(tmp_path / "static.pth"))
+    upcycle_checkpoint(tmp_path / "static.pth", tmp_path / "upcycled.pth", "magic2x")
+    trainer = prepared("nnUNetTrainerMAGIC2x_1epochs_1iters")
+    trainer.initialize()
+    load_pretrained_weights(trainer.network, str(tmp_path / "upcycled.pth"))
+    x = torch.randn(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        skips = [network.eval().encoder(x) for network in (static.network, trainer.network)]
+    for expected, found in zip(*skips, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="expected one of dynamic convolutions"):
+        upcycle_checkpoint(tmp_path / "static.pth", tmp_path / "again.pth", "effb0")
+    assert not (tmp_path / "again.pth").exists()
