@@ -145,7 +145,11 @@ class _NetworkPlanning:
     def static_estimate_VRAM_usage(
         self, patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
     ) -> np.int64:
-        planned = {"arch_kwargs": arch_kwargs, "_kw_requires_import": arch_kwargs_req_import}
+        planned = {
+            "network_class_name": arch_class_name,
+            "arch_kwargs": arch_kwargs,
+            "_kw_requires_import": arch_kwargs_req_import,
+        }
         with torch.device("meta"):  # sizes only; no weights are made
             network = build_network(
                 derived_architecture(self.template, planned), input_channels, output_channels, allow_init=False

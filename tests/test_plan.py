@@ -322,3 +322,24 @@ def test_the_file_is_readable_like_its_neighbours(dataset):
     plan("-t", "effb0")
     modes = {os.stat(folder / name).st_mode for name in ("nnUNetPlans.json", "nnUNetDynPlans.json")}
     assert len(modes) == 1
+
+
+def test_dynamic_convolutions_keep_the_planned_patch(dataset):
+    folder = dataset()
+    assert plan("-t", "magic4x", "-c", "3d_fullres") == 0
+    plans = read(folder)
+    derived, base = (plans.get_configuration(name) for name in ("3d_fullres_magic4x", "3d_fullres"))
+    assert (derived.patch_size, derived.batch_size) == (base.patch_size, base.batch_size)
+    network = nnUNetTrainer.build_network_architecture(plans, derived, 1, 3, True)
+    kernels = [module.n_kernels for module in network.encoder.modules() if hasattr(module, "n_kernels")]
+    assert kernels and set(kernels) == {4}
+
+
+def test_without_a_template_every_one_that_fits_is_planned(dataset, monkeypatch):
+    folder = dataset()
+    monkeypatch.setattr("nnunet_dyn.plan.template_names", lambda: ["ddconv", "magic1x"])
+    assert plan("-c", "3d_fullres") == 0
+    assert {"3d_fullres_magic1x"} == {name for name in read(folder).available_configurations if "x" in name[-1]}
+    assert plan("-o", "nnUNetOtherPlans") == 0
+    names = set(read(folder, "nnUNetOtherPlans").available_configurations)
+    assert names >= {"2d_ddconv", "2d_magic1x", "3d_fullres_magic1x"} and "3d_fullres_ddconv" not in names

@@ -153,3 +153,18 @@ def test_every_trainer_has_a_template_that_says_what_it_is(trainer):
     template = load_template(template_name(trainer))
     assert callable(template.network_class)
     assert template.paper and template.summary and template.trainer is None
+
+
+def test_only_trainers_for_the_dimension_are_profiled_by_default(monkeypatch):
+    monkeypatch.setattr(profiling, "trainer_names", lambda: ["nnUNetTrainerMAGIC1x", "nnUNetTrainerDDConv"])
+    assert profiling._trainers(None, 3) == ["nnUNetTrainer", "nnUNetTrainerMAGIC1x"]
+    assert profiling._trainers(None, 2) == ["nnUNetTrainer", "nnUNetTrainerMAGIC1x", "nnUNetTrainerDDConv"]
+
+
+def test_a_dynamic_convolution_is_counted_whole(tmp_path):
+    """In 2D, where DDConv has a deformable convolution that belongs to torchvision."""
+    assert profile("--patch", 32, 32, "-tr", "nnUNetTrainerDDConv", "nnUNetTrainerMAGIC4x", "--rounds", 0, "--json",
+                   tmp_path / "p.json") == 0  # fmt: skip
+    stock, ddconv, magic = json.loads((tmp_path / "p.json").read_text())["profiles"]
+    assert ddconv["macs"] > stock["macs"] and 1 < magic["macs"] / stock["macs"] < 1.2
+    assert all("conv" not in name and "mm" not in name for name in (*ddconv["not_counted"], *magic["not_counted"]))
