@@ -47,12 +47,12 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"reference_patches": REFERENCE_PATCHES, "methods": [asdict(m) for m in methods()]}, indent=1))
         return 0
     print(f"{'trainer (-tr)':38}{'template (-t)':18}{'dimensions':12}{'parameters':>12}{'MACs':>12}  own procedure")
-    stock, family = None, None
+    stock, heading = None, None
     for method in methods():
         stock = stock or method
-        if method.family != family:
-            family = method.family
-            print(f"\n{textwrap.fill(f'{family}. {method.paper}' if method.paper else family, 118)}")
+        if (method.family, method.paper) != heading:
+            heading = (method.family, method.paper)
+            print(f"\n{textwrap.fill('. '.join(filter(None, heading)), 118)}")
         dimensions = " ".join(f"{dimension}D" for dimension in method.dimensions)
         name, *others = method.trainers
         cost = f"{method.parameters / 1e6:10.1f} M{method.macs / 1e9:10.0f} G"

@@ -139,11 +139,29 @@ def test_half_precision_stays_finite_for_large_inputs(method, dimension, dtype):
 
 @every_method
 def test_compiles_into_one_graph_and_computes_the_same(method):
+    torch._dynamo.reset()
     conv = make(method, nn.Conv2d, 4, 6, 3, padding=1).eval()
     x = torch.randn(2, 4, 8, 8)
     compiled = torch.compile(conv, backend="eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), conv(x), rtol=1e-4, atol=1e-5)
+
+
+@every_method_and_dimension
+def test_a_compiled_training_step_is_an_eager_one(method, dimension):
+    """Through autograd's own compiler, without one for C++: gradients, and the temperature's count of passes."""
+    torch._dynamo.reset()
+    conv = make(method, CONVS[dimension], 4, 6, 3, padding=1)
+    again = copy.deepcopy(conv)
+    compiled = torch.compile(again, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 4, *(6,) * dimension)
+    for module in (conv, compiled):
+        for _ in range(2):
+            module(x).square().sum().backward()
+    for (name, ours), theirs in zip(conv.named_parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(theirs.grad, ours.grad, rtol=1e-3, atol=1e-4, msg=name)
+    for ours, theirs in zip(conv.buffers(), again.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "ddconv"])
