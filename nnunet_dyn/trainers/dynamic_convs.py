@@ -8,8 +8,10 @@ import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nnunet_dyn.architectures.dynamic_convs import set_annealing, upcycle
+from nnunet_dyn.architectures.dynamic_convs.magic import MAGICConv
 from nnunet_dyn.plans_templates import load_template
 from nnunet_dyn.trainers.base import DynTrainer, network_builder
 
@@ -24,6 +26,13 @@ class DynamicConvTrainer(DynTrainer):
     def initialize(self) -> None:
         super().initialize()
         set_annealing(self.network, min(2500, self.num_epochs * self.num_iterations_per_epoch // 10))
+        if any(isinstance(module, MAGICConv) and module.n_kernels == 1 for module in self.network.modules()) and any(
+            isinstance(module, _InstanceNorm) for module in self.network.modules()
+        ):
+            self.print_to_log_file(
+                "MAGIC with one kernel scales the output of a convolution, and this network's instance normalisation "
+                "removes that scale: it is the static network, at a higher cost. Take nnUNetTrainerMAGIC2x or 4x."
+            )
 
 
 def make_trainer(name: str) -> tuple[type, dict]:

@@ -148,6 +148,13 @@ def test_a_checkpoint_brings_back_the_temperature_too(prepared, tmp_path, name):
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
+@pytest.mark.parametrize("name", ["nnUNetTrainerMAGIC1x", "nnUNetTrainerMAGIC2x"])
+def test_the_log_says_where_one_kernel_changes_nothing(prepared, name):
+    trainer = prepared(f"{name}_1epochs")
+    trainer.initialize()
+    assert ("removes that scale" in Path(trainer.log_file).read_text()) == (name == "nnUNetTrainerMAGIC1x")
+
+
 def test_annealing_takes_at_most_ten_of_nnunets_epochs(prepared):
     trainer = prepared("nnUNetTrainerDYConv4x")
     trainer.initialize()

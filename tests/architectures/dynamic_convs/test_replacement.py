@@ -157,6 +157,24 @@ def test_upcycling_leaves_the_output_as_it_is(method):
     assert replaced(network)
 
 
+def test_instance_normalisation_removes_what_only_scales_a_map():
+    """With one kernel MAGIC only scales; a network with batch normalisation sees that, nnU-Net's does not."""
+    network = make_dynamic(plain(dimension=2), "magic", 1)
+    x = torch.randn(2, 2, 16, 16)
+    before = network(x)
+    for module in network.modules():
+        if isinstance(module, DynamicConv):
+            nn.init.zeros_(module.recalculation[-2].weight)  # φ = 1/2 everywhere
+    torch.testing.assert_close(network(x), before, rtol=1e-2, atol=1e-3)
+    with_batch_norm = make_dynamic(resnet18(), "magic", 1).eval()
+    x = torch.randn(2, 3, 64, 64)
+    before = with_batch_norm(x)
+    for module in with_batch_norm.modules():
+        if isinstance(module, DynamicConv):
+            nn.init.zeros_(module.recalculation[-2].weight)
+    assert not torch.allclose(with_batch_norm(x), before, rtol=1e-2)
+
+
 def test_deep_supervision_and_anisotropy():
     plan = {"strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]], "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]]}
     network = make_dynamic(plain(deep_supervision=True, **plan), "magic", 2)
