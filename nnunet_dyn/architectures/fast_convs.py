@@ -23,6 +23,8 @@ from torch.nn.modules.conv import _ConvNd
 # Up to this many voxels a map, the weight gradient is faster as one product and sum per kernel position than in
 # oneDNN: the wide, small maps of the last stages.
 _SMALL_MAP = 256
+# Up to this many voxels a map, PyTorch's own choice of a matrix product beats oneDNN: wide maps of 4² or 2³.
+_TINY_MAP = 64
 
 
 class _DepthwiseFunction(torch.autograd.Function):
@@ -102,7 +104,8 @@ class _FastConv:
             return _DepthwiseFunction.apply(x, weight, self.stride, self.padding)
         if math.prod(self.kernel_size) == math.prod(self.stride) == 1:
             return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
-        if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        is_tiny = math.prod(x.shape[2:]) <= _TINY_MAP
+        if is_tiny or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
             return super()._conv_forward(x, weight, bias)
         return torch.mkldnn_convolution(x, weight, bias, self.padding, self.stride, self.dilation, 1)
 

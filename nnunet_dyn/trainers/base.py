@@ -10,6 +10,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
+from nnunet_dyn.architectures.dynamic_convs import set_annealing
 from nnunet_dyn.planning import build_network, check_patch_size, derived_architecture
 from nnunet_dyn.plans_templates import Template, load_template
 from nnunet_dyn.trainers.catalogue import template_name
@@ -73,3 +74,12 @@ class DynTrainer(nnUNetTrainer):
             self.num_val_iterations_per_epoch = max(1, self.planned_iterations // 5)
         # A run shorter than nnU-Net's interval of 50 epochs would otherwise leave nothing to resume from.
         self.save_every = min(self.save_every, max(1, self.num_epochs // 10))
+
+    def on_train_epoch_start(self) -> None:
+        """Also lets attention with a temperature (DYConv, ODConv) cool down over the first tenth of this training.
+
+        At most over 2,500 iterations, ten of nnU-Net's epochs. Here, behind the loading of pretrained weights, which
+        bring the length of their own training.
+        """
+        set_annealing(self.network, min(2500, self.num_epochs * self.num_iterations_per_epoch // 10))
+        super().on_train_epoch_start()

@@ -14,6 +14,7 @@ import nnunet_dyn
 from nnunet_dyn.architectures.dynamic_convs import DynamicConv
 from nnunet_dyn.architectures.dynamic_convs.base import Temperature
 from nnunet_dyn.architectures.efficient_unet import EfficientUNet
+from nnunet_dyn.errors import UsageError
 from nnunet_dyn.planning import build_network, derived_architecture
 from nnunet_dyn.plans_templates import load_template
 from nnunet_dyn.trainers.catalogue import FAMILIES, template_name
@@ -131,6 +132,8 @@ def test_batch_of_one_without_deep_supervision(prepared, name):
 @pytest.mark.parametrize("name", ["nnUNetTrainerODConv4x", "nnUNetTrainerMAGIC1x"])
 def test_a_checkpoint_brings_back_the_temperature_too(prepared, tmp_path, name):
     trainer = prepared(f"{name}_10epochs_4iters")
+    trainer.initialize()
+    trainer.on_train_epoch_start()
     steps(trainer, 3)
     temperatures = [module for module in trainer.network.modules() if isinstance(module, Temperature)]
     assert all((t.passes_done, t.passes_to_one) == (3, 4) for t in temperatures)  # a tenth of 40 iterations
@@ -152,25 +155,28 @@ def test_a_checkpoint_brings_back_the_temperature_too(prepared, tmp_path, name):
 def test_the_log_says_where_one_kernel_changes_nothing(prepared, name):
     trainer = prepared(f"{name}_1epochs")
     trainer.initialize()
+    trainer.on_train_epoch_start()
     assert ("removes that scale" in Path(trainer.log_file).read_text()) == (name == "nnUNetTrainerMAGIC1x")
 
 
 def test_annealing_takes_at_most_ten_of_nnunets_epochs(prepared):
     trainer = prepared("nnUNetTrainerDYConv4x")
     trainer.initialize()
+    trainer.on_train_epoch_start()
     passes = {module.passes_to_one.item() for module in trainer.network.modules() if isinstance(module, Temperature)}
     assert passes == {2500} and trainer_class("nnUNetTrainerDYConv4x").__doc__
 
 
-def test_a_static_checkpoint_is_upcycled_for_pretraining(prepared, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("template", "name"), [("magic2x", "MAGIC2x"), ("dyconv4x", "DYConv4x")])
+def test_a_static_checkpoint_is_upcycled_for_pretraining(prepared, tmp_path, monkeypatch, template, name):
     from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
     monkeypatch.setenv("nnUNet_extTrainer", str(Path(nnunet_dyn.__file__).parent / "ext_trainer"))
     static = prepared("nnUNetTrainer_1epochs_1iters")
     steps(static)
     static.save_checkpoint(str(tmp_path / "static.pth"))
-    upcycle_checkpoint(tmp_path / "static.pth", tmp_path / "upcycled.pth", "magic2x")
-    trainer = prepared("nnUNetTrainerMAGIC2x_1epochs_1iters")
+    upcycle_checkpoint(tmp_path / "static.pth", tmp_path / "upcycled.pth", template)
+    trainer = prepared(f"nnUNetTrainer{name}_2epochs_10iters")
     trainer.initialize()
     load_pretrained_weights(trainer.network, str(tmp_path / "upcycled.pth"))
     x = torch.randn(1, 1, 16, 16, 16)
@@ -178,6 +184,12 @@ def test_a_static_checkpoint_is_upcycled_for_pretraining(prepared, tmp_path, mon
         skips = [network.eval().encoder(x) for network in (static.network, trainer.network)]
     for expected, found in zip(*skips, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    trainer.on_train_epoch_start()  # the pretrained file must not bring its own length of annealing
+    temperatures = [module for module in trainer.network.modules() if isinstance(module, Temperature)]
+    assert all(module.passes_to_one == 2 for module in temperatures) and bool(temperatures) == (name == "DYConv4x")
+    (tmp_path / "broken.pth").write_bytes(b"PK")
+    with pytest.raises(UsageError, match="expected a checkpoint that nnU-Net wrote"):
+        upcycle_checkpoint(tmp_path / "broken.pth", tmp_path / "again.pth", template)
     with pytest.raises(ValueError, match="expected one of dynamic convolutions"):
         upcycle_checkpoint(tmp_path / "static.pth", tmp_path / "again.pth", "effb0")
     assert not (tmp_path / "again.pth").exists()

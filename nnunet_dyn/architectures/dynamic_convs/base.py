@@ -79,7 +79,7 @@ class DynamicConv(nn.Module, ABC):
 
     @abstractmethod
     def attend(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the kernels of ``x`` are made from, fp32, each ``(B, …)`` and small beside a kernel."""
+        """What the kernels of ``x`` are made from, each ``(B, …)``; it is kept for the backward pass."""
 
     @abstractmethod
     def assemble(self, *attention: torch.Tensor) -> Kernel:
@@ -104,7 +104,7 @@ class DynamicConv(nn.Module, ABC):
         run, is_eager = self._convolve, not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         if is_eager and torch.is_grad_enabled():
             # The backward pass makes the kernels again: kept, they can be larger than the maps. The checkpoint stops
-            # once it has what was not kept, before the convolution.
+            # once it has what was not kept, so the convolution itself is seldom repeated.
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         if len(x) == 1 or not (is_eager and self._runs_one_by_one(x)):
             return run(x, *attention)
@@ -115,8 +115,8 @@ class DynamicConv(nn.Module, ABC):
         """Whether samples are convolved one after the other, rather than as groups of one convolution.
 
         Measured on a CPU (``benchmarks/grouped_convs.py``): in 2D, groups of many channels are slow; in 3D, PyTorch
-        takes a slow routine for the gradients of one small map. Groups would take a map out of channels-last. cuDNN's
-        3D convolutions of several wide groups are slow.
+        takes a slow routine for the gradients of one small map. Groups would take a map out of channels-last. For
+        other devices this follows what is known of cuDNN's 3D groups; it has not been measured.
         """
         if x.device.type == "cpu":
             return x.ndim == 4 or not x.is_contiguous()
@@ -235,6 +235,13 @@ class Linear(nn.Linear):
         return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` that takes and returns fp32 whatever its parameters are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype)).float()
+
+
 class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` that computes in fp32 whatever its parameters are."""
 
@@ -260,7 +267,8 @@ class Temperature(nn.Module):
         """The temperature of this pass, a scalar."""
         left = 1 - self.passes_done / self.passes_to_one
         if self.training:
-            self.passes_done += 1
+            # Not in place: what a compiled backward pass computes again must see the number of its own pass.
+            self.passes_done = self.passes_done + 1
         return 1 + (self.start - 1) * left.clamp(min=0)
 
 

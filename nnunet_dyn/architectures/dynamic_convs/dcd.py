@@ -40,8 +40,7 @@ class DCDConv(DynamicConv):
         self.draw(lambda: fresh_kernel(self))
 
     def attend(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        pooled = F.adaptive_avg_pool2d(x.float(), 2) if x.ndim == 4 else F.adaptive_avg_pool3d(x.float(), (1, 2, 2))
-        squeezed = self.squeeze(pooled.flatten(1))
+        squeezed = self.squeeze(_quarters(x).flatten(1))
         squeezed = squeezed * _hard_sigmoid(self.gate(squeezed))
         return _hard_sigmoid(self.scale(squeezed)), self.fusion(squeezed).view(-1, self.rank, self.rank)
 
@@ -67,6 +66,17 @@ class DCDConv(DynamicConv):
         self.draw(lambda: (weight, bias))
         nn.init.zeros_(self.scale.weight)  # Λ = 1
         nn.init.zeros_(self.fusion.weight)  # Φ = 0
+
+
+def _quarters(x: torch.Tensor) -> torch.Tensor:
+    """Adaptive average pooling to 2×2 in the last two axes and 1 elsewhere, fp32: ``(B, C, *spatial)`` → ``(B, C, 4)``.
+
+    PyTorch's keeps its input for the backward pass, which would be a copy of the map in fp32.
+    """
+    halves = [(slice(-(-size // 2)), slice(size // 2, None)) for size in x.shape[-2:]]
+    space = tuple(range(2, x.ndim))
+    cells = [x[..., rows, columns].mean(space, dtype=torch.float32) for rows in halves[0] for columns in halves[1]]
+    return torch.stack(cells, 2)
 
 
 def _hard_sigmoid(x: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,14 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from nnunet_dyn.architectures.dynamic_convs.base import KernelBank, LayerNorm, Linear, reduced
+from nnunet_dyn.architectures.dynamic_convs.base import (
+    BatchNorm,
+    KernelBank,
+    LayerNorm,
+    Linear,
+    reduced,
+    without_autocast,
+)
 
 # Elements of a map that are summarised at a time: they stay in a core's cache.
 _CHUNK_ON_CPU = 2**18
@@ -49,8 +56,14 @@ class MAGICConv(KernelBank):
     ):
         super().__init__(*geometry, n_kernels=n_kernels, **named_geometry)
         if n_kernels == 1 and not recalculation:
-            raise ValueError("MAGIC got one kernel without recalculation, a static convolution; expected either.")
-        norms = {"layer": LayerNorm, "batch": nn.BatchNorm1d}
+            raise ValueError(
+                "MAGIC got one kernel without recalculation, which is a static convolution; expected more kernels or "
+                "recalculation. Set n_kernels=2, or leave recalculation on."
+            )
+        switches = {"spatial": spatial, "channel": channel, "non_local": non_local, "recalculation": recalculation}
+        if wrong := {name: value for name, value in switches.items() if not isinstance(value, bool)}:
+            raise ValueError(f"MAGIC got {wrong}; expected true or false for each.")
+        norms = {"layer": LayerNorm, "batch": BatchNorm}
         if recalculation_norm not in norms:
             raise ValueError(f"recalculation_norm got {recalculation_norm!r}; expected 'layer' or 'batch'.")
         channels = self.in_channels
@@ -213,7 +226,11 @@ class _Summarise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_mean, grad_maximum, grad_context):
-        x, key, top, total, context = ctx.saved_tensors
+        with without_autocast(ctx.saved_tensors[0]):  # the caller's backward pass may run under it
+            return _Summarise._gradients(*ctx.saved_tensors, grad_mean, grad_maximum, grad_context)
+
+    @staticmethod
+    def _gradients(x, key, top, total, context, grad_mean, grad_maximum, grad_context):
         grad_x = torch.empty_like(x)
         grad_key = None if key is None else torch.zeros_like(key)
         positions = x.shape[2]

@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
 
 from nnunet_dyn.architectures.blocks import MBConv
 from nnunet_dyn.architectures.dynamic_convs.base import DynamicConv, KernelBank, fresh_kernel
@@ -74,12 +75,20 @@ def make_dynamic(
         if not issubclass(dynamic_class, KernelBank):
             raise ValueError(f"n_kernels got {n_kernels}, but {method} has one kernel. Leave it out.")
         options["n_kernels"] = n_kernels
+    if n_kernels is not None and (not isinstance(n_kernels, int) or isinstance(n_kernels, bool)):
+        raise ValueError(f"n_kernels got {n_kernels!r}; expected a whole number.")
     replaced = list(_to_replace(network))
     if not replaced:
         raise ValueError(
             f"{type(network).__name__} has nothing to replace; expected static convolutions with a kernel larger than "
             "1 in its encoder, beside the network's first."
         )
+    for name, module in network.named_modules():
+        if module in replaced and (type(module).forward not in _PLAIN_FORWARDS or parametrize.is_parametrized(module)):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, which computes more than a convolution; expected nn.Conv2d or "
+                "nn.Conv3d. Replace it by one, or keep this network static."
+            )
     initialize = getattr(network, "initialize", None)
     new = {}
     for conv in replaced:
@@ -116,6 +125,9 @@ def _to_replace(network: nn.Module) -> Iterator[_ConvNd]:
             yield module
 
 
+_PLAIN_FORWARDS = {conv.forward for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+
+
 def _is_convolution(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
 
@@ -137,12 +149,18 @@ def dynamic_network(
 
     Args:
         network_class: class of the network, such as ``PlainConvUNet``.
-        dynamic: arguments of :func:`make_dynamic`, such as ``{"method": "magic", "n_kernels": 4}``.
+        dynamic: arguments of :func:`make_dynamic`, such as ``{"method": "magic", "n_kernels": 4}``, but not
+            ``upcycle``: there are no trained weights yet.
         arch_kwargs: the other arguments of ``network_class``.
 
     Raises:
-        ValueError: see :func:`make_dynamic`.
+        ValueError: see :func:`make_dynamic`; ``dynamic`` without a method.
     """
+    if not isinstance(dynamic, dict) or "method" not in dynamic or "upcycle" in dynamic:
+        raise ValueError(
+            f'dynamic got {dynamic!r}; expected the arguments of make_dynamic, such as {{"method": "magic", '
+            '"n_kernels": 4}, without upcycle. Correct the template or the plans.'
+        )
     network = network_class(
         input_channels=input_channels, num_classes=num_classes, deep_supervision=deep_supervision, **arch_kwargs
     )

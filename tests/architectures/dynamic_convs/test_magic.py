@@ -79,10 +79,13 @@ def test_what_cannot_be_asked_for():
         conv(recalculation_norm="instance")
     with pytest.raises(ValueError, match="n_kernels got 0; expected 1 or more"):
         conv(0)
+    with pytest.raises(ValueError, match="expected true or false"):
+        conv(recalculation="false")
     batch = conv(recalculation_norm="batch")
     assert batch(torch.randn(2, 8, 9, 9)).shape == (2, 6, 9, 9)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         batch(torch.randn(1, 8, 9, 9))
+    assert batch.half()(torch.randn(2, 8, 9, 9).half()).dtype == torch.float16
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -103,6 +106,18 @@ def test_a_summary_in_chunks_equals_one_in_plain_operators(monkeypatch, layout, 
     assert len(results[0]) == 1 + with_key + with_maximum + len(inputs)
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_a_backward_pass_under_autocast_is_computed_in_full_precision():
+    x, gradients = 1e3 + torch.randn(2, 6, 5, 7), []
+    for enabled in (False, True):
+        key = torch.linspace(-1, 1, 6).requires_grad_()
+        context = summarise(x, key, True)[2]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            context.square().sum().backward()
+        gradients.append(key.grad)
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(*gradients)
 
 
 def test_attention_over_a_large_map_keeps_its_mass_in_half_precision():

@@ -9,7 +9,7 @@ from plans import arch_kwargs, build
 from torch import nn
 from torchvision.models import resnet18
 
-from nnunet_dyn.accounting import count_operations, count_parameters
+from nnunet_dyn.accounting import count_operations, count_parameters, training_memory
 from nnunet_dyn.architectures.dynamic_convs import METHODS, DynamicConv, dynamic_network, make_dynamic, upcycle
 
 # Differences to the static ResNet-18 in the paper's Table 5, millions of parameters, and how close ours must be.
@@ -69,8 +69,12 @@ def test_nnunets_networks_become_dynamic_throughout_their_encoder(make, method):
     assert not replaced(network.decoder.stages) and replaced(network)
     x = torch.randn(2, 2, 16, 16, 16)
     network(x).square().mean().backward()
-    without = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert all("seg_layers.0" in name or name.endswith("bias") for name in without)
+    without = {name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 1e-8}
+    # The lower heads are not used here. Behind a convolution, instance normalisation removes a bias and any factor of
+    # a channel, such as ODConv's gate.
+    convs = {f"{name}.{bias}" for name, module in network.named_modules() for bias in ("bias", "biases")
+             if isinstance(module, (nn.Conv3d, DynamicConv))}  # fmt: skip
+    assert all("seg_layers" in name or name in convs or ".output_channels." in name for name in without)
     # nnU-Net's initialisation of the whole network leaves the kernels as they are.
     before = {name: value.clone() for name, value in network.encoder.state_dict().items() if "kernel" in name}
     network.apply(network.initialize)
@@ -89,14 +93,17 @@ def test_kernels_start_as_nnunet_initialises_a_convolution():
 PARTS = {"b0": {"expand", "depthwise", "project"}, "v2s": {"expand"}}
 
 
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "ddconv"])
 @pytest.mark.parametrize("variant", PARTS)
-def test_efficient_encoders(variant):
-    network = build(f"EfficientUNet-{variant}", n_stages=4, features=(8, 12, 16, 20), deep_supervision=False)
-    make_dynamic(network, "magic", 2)
+def test_efficient_encoders(variant, method):
+    network = build(f"EfficientUNet-{variant}", n_stages=3, features=(8, 12, 16), deep_supervision=False)
+    make_dynamic(network, method)
     names = replaced(network.encoder)
     assert {name.split(".")[-2] for name in names} == PARTS[variant]
     x = torch.randn(2, 1, 16, 16, 16)
     network(x).square().mean().backward()
+    banks = [p for name, p in network.named_parameters() if "kernel" in name]
+    assert banks and all(p.grad.abs().sum() > 0 for p in banks)
     assert all(p.grad is not None for name, p in network.named_parameters() if "seg_layers" not in name)
     network.eval()
     with torch.no_grad():
@@ -125,21 +132,32 @@ def test_each_further_kernel_adds_exactly_the_weights_of_the_replaced_convolutio
     assert three - two == 10_985_472 + rows_of_attention + hidden
 
 
-def test_operations_of_magic_stay_small():
-    """Of the paper's 9.671 G for its ResNet-18; the mixing of kernels, which it does not count, apart."""
+def test_operations_that_magic_adds():
+    """The paper has 9.671 → 9.685 G (0.14 %) with its segmentation head, without the mixing of kernels.
+
+    torchvision's ResNet-18 has 2.385 G at that size: there it is 0.4 % without mixing and 2.2 % with it.
+    """
     with torch.device("meta"):
         static = count_operations(resnet18(), (1, 3, 256, 256)).total
         network = make_dynamic(resnet18(), "magic", 4)
-    convs = [module for module in network.modules() if isinstance(module, DynamicConv)]
-    mixing = sum(conv.kernels.numel() for conv in convs)
+    mixing = sum(module.kernels.numel() for module in network.modules() if isinstance(module, DynamicConv))
     added = count_operations(network, (1, 3, 256, 256)).total - static
-    assert 0 < added - mixing < 0.003 * 9.671e9
-    # On nnU-Net's 3D network at 128³ everything together.
+    assert static == pytest.approx(2.385e9, rel=0.01) and mixing == 4 * 10_985_472
+    assert added == pytest.approx(0.0222 * static, rel=0.02)
+    assert added - mixing == pytest.approx(0.0038 * static, rel=0.02)
+    assert added - mixing < (9.685 - 9.671) * 1e9  # less than the paper's own
+
+
+def test_operations_and_memory_that_magic_adds_to_nnunets_network():
+    """At 128³, with everything counted."""
     with torch.device("meta"):
         stock = plain(n_stages=6, features=(32, 64, 128, 256, 320, 320))
-        before = count_operations(stock, (1, 2, 128, 128, 128)).total
-        after = count_operations(make_dynamic(stock, "magic", 4), (1, 2, 128, 128, 128)).total
+        shape = (1, 2, 128, 128, 128)
+        before, kept = count_operations(stock, shape).total, training_memory(stock, shape)
+        make_dynamic(stock, "magic", 4)
+        after, kept_after = count_operations(stock, shape).total, training_memory(stock, shape)
     assert 0 < after / before - 1 < 0.01
+    assert kept_after / kept < 1.01
 
 
 def test_a_hybrid_keeps_its_transformer_and_decoder():
@@ -162,6 +180,10 @@ def test_instance_normalisation_removes_what_only_scales_a_map():
     network = make_dynamic(plain(dimension=2), "magic", 1)
     x = torch.randn(2, 2, 16, 16)
     before = network(x)
+    before.square().mean().backward()
+    gradients = {name: p.grad.norm().item() for name, p in network.encoder.named_parameters()}
+    attention = max(norm for name, norm in gradients.items() if "recalculation" in name or "fusion" in name)
+    assert attention < 1e-2 * max(norm for name, norm in gradients.items() if "kernels" in name)
     for module in network.modules():
         if isinstance(module, DynamicConv):
             nn.init.zeros_(module.recalculation[-2].weight)  # φ = 1/2 everywhere
@@ -198,6 +220,7 @@ def test_a_dynamic_network_by_the_arguments_of_plans():
         (("dcd", 4), {}, "dcd has one kernel"),
         (("magic",), {"spacial": True}, "spacial"),
         (("magic", 0), {}, "n_kernels got 0"),
+        (("magic", "4"), {}, "n_kernels got '4'; expected a whole number"),
         (("ddconv",), {}, "expected a 2D one"),
     ],
 )
@@ -213,3 +236,24 @@ def test_nothing_to_replace_is_an_error():
         make_dynamic(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 1)), "magic")
     with pytest.raises(ValueError, match="nothing to replace"):
         make_dynamic(make_dynamic(plain(), "magic"), "magic")
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that computes more than one, as in TransUNet's encoder."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+@pytest.mark.parametrize(
+    "conv", [Standardised(4, 4, 3), nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))], ids=["own", "norm"]
+)
+def test_a_convolution_that_computes_more_is_refused_by_name(conv):
+    with pytest.raises(ValueError, match=r"^1 is a .*, which computes more than a convolution"):
+        make_dynamic(nn.Sequential(nn.Conv2d(1, 4, 3), conv), "magic")
+
+
+@pytest.mark.parametrize("dynamic", ["magic", {"n_kernels": 4}, {"method": "magic", "upcycle": True}])
+def test_plans_that_say_no_method(dynamic):
+    with pytest.raises(ValueError, match="expected the arguments of make_dynamic"):
+        dynamic_network(1, 3, PlainConvUNet, dynamic)
