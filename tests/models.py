@@ -10,6 +10,7 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from plans import plans_manager
 
@@ -65,12 +66,16 @@ def write_model(
     channels: int = 1,
     trainer: str = "nnUNetTrainer",
     mirroring: Sequence[int] | None = (0, 1, 2),
+    previous_stage: bool = False,
     **options,
 ) -> Path:
     """Write a model folder with random weights; ``options`` are those of ``plans``."""
     content, description = plans(channels=channels, **options), dataset(labels, channels)
     (configuration,) = content["configurations"]
+    if previous_stage:
+        content["configurations"][configuration]["previous_stage"] = "3d_lowres"
     manager = PlansManager(content)
+    inputs = determine_num_input_channels(manager, configuration, description)
     folder.mkdir(parents=True)
     (folder / "plans.json").write_text(json.dumps(content))
     (folder / "dataset.json").write_text(json.dumps(description))
@@ -79,11 +84,11 @@ def write_model(
         network = nnUNetTrainer.build_network_architecture(
             manager,
             manager.get_configuration(configuration),
-            channels,
+            inputs,
             manager.get_label_manager(description).num_segmentation_heads,
             enable_deep_supervision=False,
         )
-        _let_every_class_win(network, manager.get_configuration(configuration).patch_size, channels)
+        _let_every_class_win(network, manager.get_configuration(configuration).patch_size, inputs)
         (folder / f"fold_{fold}").mkdir()
         checkpoint = {
             "network_weights": network.state_dict(),
@@ -121,7 +126,12 @@ def image(shape: Sequence[int], channels: int = 1, seed: int = 0) -> np.ndarray:
     return made
 
 
-def write_cases(folder: Path, arrays: dict[str, np.ndarray], spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> Path:
+def write_cases(
+    folder: Path,
+    arrays: dict[str, np.ndarray],
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    ending: str = ".nii.gz",
+) -> Path:
     """Write (channels, z, y, x) arrays in nnU-Net's naming."""
     folder.mkdir(parents=True, exist_ok=True)
     for case, array in arrays.items():
@@ -129,5 +139,5 @@ def write_cases(folder: Path, arrays: dict[str, np.ndarray], spacing: Sequence[f
             file = sitk.GetImageFromArray(values)
             file.SetSpacing([float(value) for value in spacing[::-1]])
             file.SetOrigin((3.0, -4.0, 5.0))
-            sitk.WriteImage(file, str(folder / f"{case}_{channel:04d}.nii.gz"))
+            sitk.WriteImage(file, str(folder / f"{case}_{channel:04d}{ending}"))
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import math
 import sys
@@ -485,18 +486,39 @@ def list_cases(images: str | Path | Sequence[Sequence[str | Path]], ending: str)
     return sorted(found.items())
 
 
-def _read(read: Callable, files) -> tuple[np.ndarray, dict]:
+def _read(read: Callable, files: list[str] | str) -> tuple[np.ndarray, dict]:
     """What ``read`` returns, or a JobError of one line."""
     output = StringIO()
+    names = [files] if isinstance(files, str) else files
     try:
+        for name in names:
+            _check_complete(name)
         with redirect_stdout(output):  # nnU-Net's readers print what is wrong and raise an empty error
             array, properties = read(files)
     except Exception as error:  # each reader's library has errors of its own
         said = str(error) or output.getvalue()
-        names = files if isinstance(files, str) else ", ".join(files)
-        raise JobError(f"Cannot read {names}: {type(error).__name__}: {said}. Expected an image.") from error
+        raise JobError(f"Cannot read {', '.join(names)}: {type(error).__name__}: {said}") from error
     print(output.getvalue(), end="", file=sys.stderr)
     return array, properties
+
+
+def _check_complete(name: str) -> None:
+    """Raise where a NIfTI file ends too early: ITK fills what is missing with zeros and says nothing."""
+    if not name.endswith((".nii", ".nii.gz")):
+        return
+    import nibabel
+
+    size = 0
+    with (gzip.open if name.endswith(".gz") else open)(name, "rb") as file:
+        while part := file.read(2**20):
+            size += len(part)
+    try:
+        header = nibabel.load(name)
+    except nibabel.filebasedimages.ImageFileError:  # the reader says whether it can do more
+        return
+    expected = header.dataobj.offset + math.prod(header.shape) * header.get_data_dtype().itemsize
+    if size < expected:
+        raise EOFError(f"truncated, {size} of {expected} bytes are there. Copy it again.")
 
 
 @contextmanager
