@@ -254,6 +254,7 @@ def test_a_broken_model_gets_one_line(copy, images, tmp_path, capsys, name):
         (["-step_size", "1.5"], "step size"),
         (["-i", "nowhere"], "expected a folder with images"),
         (["-o", "{model}/plans.json"], "Cannot make the folder"),
+        (["-prev_stage_predictions", "{model}"], "for a model that has none"),
         (["-i", "{model}"], "has no images"),
     ],
 )

@@ -117,7 +117,7 @@ def _load_checkpoint(path: Path) -> dict:
         try:
             with torch.serialization.safe_globals(plain):
                 content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError:
+        except (pickle.UnpicklingError, AttributeError):  # torch before 2.6 takes no names of other numpy versions
             warnings.warn(
                 f"{path} holds more than tensors and plain values, so it is loaded with pickle, which can run code: go "
                 "on only with a model folder from a source you trust.",

@@ -242,7 +242,7 @@ class Predictor(nnUNetPredictor):
             known = constant | dict(zip(new, self._mean_of_copies(list(new.values()), copies, batch), strict=True))
             for slicer, key in zip(group, keys, strict=True):
                 yield slicer, known[key]
-            constant = {key: known[key] for key in list(known)[-CONSTANT_TILES:] if isinstance(key, tuple)}
+            constant = {key: known[key] for key in [key for key in known if isinstance(key, tuple)][-CONSTANT_TILES:]}
 
     def _mirrored_axes(self) -> list[tuple[int, ...]]:
         """Axes of (C, *patch) to flip for each copy of a tile, in nnU-Net's order; no axis for the tile itself."""
@@ -283,6 +283,7 @@ class Predictor(nnUNetPredictor):
             probabilities: return them too.
 
         Raises:
+            UsageError: a cascade without its previous stage, or one for a model that is no cascade.
             JobError: an array or spacing that this model cannot take, or not finite.
         """
         array = np.asarray(array)
@@ -292,6 +293,7 @@ class Predictor(nnUNetPredictor):
                 f"Got an array of shape {array.shape} and spacing {spacing}; expected (channels, z, y, x) and three "
                 "numbers of mm, more than 0. A 2D image is (channels, 1, y, x)."
             )
+        self._check_cascade(previous_stage is not None)
         if previous_stage is not None:
             previous_stage = np.asarray(previous_stage)[None]
         seconds = dict.fromkeys(STAGES, 0.0)
@@ -350,17 +352,23 @@ class Predictor(nnUNetPredictor):
                     f"{bad} of {values.size} voxels of channel {channel} are NaN or infinite; expected numbers. "
                     "Replace them, for example by the value of air."
                 )
-        if self.configuration_manager.previous_stage_name is not None:
-            if previous_stage is None:
-                raise UsageError(
-                    "This is the second stage of a cascade; expected the segmentations of "
-                    f"{self.configuration_manager.previous_stage_name}. Give them with -prev_stage_predictions."
-                )
-            if previous_stage.shape[1:] != image.shape[1:]:
-                raise JobError(
-                    f"Got a segmentation of the previous stage of {previous_stage.shape[1:]} voxels for an image of "
-                    f"{image.shape[1:]}; expected the same."
-                )
+        if previous_stage is not None and previous_stage.shape[1:] != image.shape[1:]:
+            raise JobError(
+                f"Got a segmentation of the previous stage of {previous_stage.shape[1:]} voxels for an image of "
+                f"{image.shape[1:]}; expected the same."
+            )
+
+    def _check_cascade(self, has_previous_stage: bool) -> None:
+        name = self.configuration_manager.previous_stage_name
+        if name is not None and not has_previous_stage:
+            raise UsageError(
+                f"This is the second stage of a cascade; expected the segmentations of {name}. Give them with "
+                "-prev_stage_predictions."
+            )
+        if name is None and has_previous_stage:
+            raise UsageError(
+                "Got segmentations of a previous stage for a model that has none. Leave out -prev_stage_predictions."
+            )
 
     # -------------------------------------------------------------------------------------------------------- files
 
@@ -394,11 +402,7 @@ class Predictor(nnUNetPredictor):
         """
         if not 0 <= part_id < num_parts:
             raise UsageError(f"Got part {part_id} of {num_parts}; expected 0 to {num_parts - 1}.")
-        if self.configuration_manager.previous_stage_name is not None and previous_stage is None:
-            raise UsageError(
-                "This is the second stage of a cascade; expected the segmentations of "
-                f"{self.configuration_manager.previous_stage_name}. Name their folder with -prev_stage_predictions."
-            )
+        self._check_cascade(previous_stage is not None)
         output, ending = Path(output), self.dataset_json["file_ending"]
         cases = list_cases(images, ending)[part_id::num_parts]
         outcomes = [Outcome(case, output / f"{case}{ending}") for case, _ in cases]

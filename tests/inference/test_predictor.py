@@ -130,6 +130,18 @@ def test_constant_tiles_are_computed_once(tmp_path):
     torch.testing.assert_close(logits, stock(folder).predict_logits_from_preprocessed_data(data), atol=2e-3, rtol=2e-3)
 
 
+def test_constant_tiles_are_remembered_behind_a_batch_of_others(tmp_path):
+    """In 2D a batch holds many tiles."""
+    folder = models.write_model(tmp_path / "model", dimension=2, patch_size=(16, 16), mirroring=None)
+    predictor = Predictor.from_folder(folder, device="cpu")
+    batches = count(predictor)
+    together = module.BATCH_VOXELS // 16**2
+    data = torch.zeros(1, 3 * together, 16, 16)
+    data[:, together : 2 * together] = torch.randn(together, 16, 16)
+    predictor.predict_logits_from_preprocessed_data(data)
+    assert batches == [1, together]
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [([[1, 1], [2, 2]], (1.0, 2.0)), ([[1, 1], [2, 3]], None), ([[0, 0], [0, 0]], (0.0, 0.0))],
