@@ -1,14 +1,16 @@
 """`nnunet_dyn predict` beside nnU-Net's own command: the same model, the same images, the same machine, one run.
 
-Seconds per case are (time for n cases - time for 1) / (n - 1); the rest of the time for one case is start-up. The peak
-is the largest sum of the proportional set sizes of the process and its children, sampled; Linux only. The network is
-untrained, so every class wins somewhere: cropping to the foreground saves nothing here. Example:
+Seconds per case are (time for n cases - time for 1) / (n - 1); the rest of the time for one case is start-up. CPU
+seconds are those of all processes together, which other jobs on the machine change less. The peak is the largest sum of
+the proportional set sizes of the process and its children, sampled; Linux only. The network is untrained, so every
+class wins somewhere: cropping to the foreground saves nothing here. Example:
 
     python benchmarks/predict.py --classes 13 --size 300 300 200 --patch 64 112 64 --output predict.json
 """
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -111,8 +113,8 @@ def memory(processes: list[int]) -> int:
     return total
 
 
-def measure(code: str, arguments: list) -> tuple[float, int]:
-    """Seconds and peak bytes of ``python -c code arguments`` with its children."""
+def measure(code: str, arguments: list) -> tuple[float, float, int]:
+    """Seconds, CPU seconds and peak bytes of ``python -c code arguments`` with its children."""
     peak = 0
     done = threading.Event()
 
@@ -121,7 +123,7 @@ def measure(code: str, arguments: list) -> tuple[float, int]:
         while not done.wait(0.1):
             peak = max(peak, memory(tree(root)))
 
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), cpu_seconds()
     command = [sys.executable, "-c", code, *map(str, arguments)]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -134,7 +136,13 @@ def measure(code: str, arguments: list) -> tuple[float, int]:
         if status:
             log.seek(0)
             raise SystemExit(f"{command} ended with {status}:\n{log.read()[-3000:]}")
-    return seconds, peak
+    return seconds, cpu_seconds() - cpu, peak
+
+
+def cpu_seconds() -> float:
+    """Of all children that have ended, and theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -160,12 +168,12 @@ def main() -> None:
                 image = sitk.GetImageFromArray(case.image[0])
                 image.SetSpacing(case.spacing[::-1])
                 sitk.WriteImage(image, str(folder / f"images_{count}" / f"case{number:03d}_0000.nii.gz"))
-        forward = measure(FORWARD, [folder / "model"])[1]
+        forward = measure(FORWARD, [folder / "model"])[2]
         for who, code, command, more in (
             ("stock", STOCK, [], ["-npp", args.workers, "-nps", args.workers]),
             ("ours", OURS, ["predict"], ["--precision", args.precision]),
         ):
-            seconds, peaks = {}, {}
+            seconds, cpu, peaks = {}, {}, {}
             for count in (1, args.cases):
                 flags = [
                     "-m",
@@ -177,11 +185,12 @@ def main() -> None:
                     "-o",
                     folder / f"{who}_{count}",
                 ]
-                seconds[count], peaks[count] = measure(code, [*command, *flags, "-device", "cpu", *more])
+                seconds[count], cpu[count], peaks[count] = measure(code, [*command, *flags, "-device", "cpu", *more])
             per_case = (seconds[args.cases] - seconds[1]) / (args.cases - 1)
             result[who] = {
                 "seconds_per_case": round(per_case, 2),
                 "seconds_startup": round(seconds[1] - per_case, 2),
+                "cpu_seconds_per_case": round((cpu[args.cases] - cpu[1]) / (args.cases - 1), 2),
                 "seconds": {str(count): round(value, 2) for count, value in seconds.items()},
                 "peak_bytes": max(peaks.values()),
                 "peak_bytes_1": peaks[1],
@@ -197,7 +206,13 @@ def main() -> None:
     result["forward_peak_bytes"] = forward
     result["ratios"] = {
         key: round(result["ours"][key] / result["stock"][key], 3)
-        for key in ("seconds_per_case", "seconds_startup", "peak_bytes", "peak_bytes_above_forward")
+        for key in (
+            "seconds_per_case",
+            "cpu_seconds_per_case",
+            "seconds_startup",
+            "peak_bytes",
+            "peak_bytes_above_forward",
+        )
     }
     result["shape"], result["machine"] = list(case.image.shape[1:]), machine.describe()
     print(json.dumps({key: result[key] for key in ("ratios", "agreement", "shape")}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -105,9 +106,10 @@ class TorchEngine(Engine):
         try:
             getattr(self.network, "_orig_mod", self.network).load_state_dict(self.parameters[fold])
         except RuntimeError as error:
+            said = textwrap.shorten(str(error), 300)  # torch names every key
             raise JobError(
-                f"The checkpoint of fold number {fold} does not fit the network of the plans: {error}. Expected both "
-                "from one training; copy the model folder again."
+                f"The checkpoint of fold number {fold} does not fit the network of the plans; expected both from one "
+                f"training and version. Copy the model folder again, or take the version it was trained with. {said}"
             ) from error
         self._loaded = fold
 
