@@ -30,7 +30,7 @@ from nnunet_dyn.inference.model_folder import CHECKPOINT, load_model
 
 STAGES = ("read", "preprocess", "network", "export")
 
-# A batch is faster than its tiles one by one only while it is small: of stock networks on one Zen 4 core, batches of up
+# A batch is faster than its tiles one by one only while it is small: of stock networks on one Xeon core, batches of up
 # to 2**16 voxels took 0.2 to 0.9 of the time, larger ones 1.2 to 1.3 times as long (docs/predict.md). A fixed rule
 # gives the same result in every run, which a measurement at the start would not.
 BATCH_VOXELS = 2**16
