@@ -30,9 +30,9 @@ from nnunet_dyn.inference.model_folder import CHECKPOINT, load_model
 
 STAGES = ("read", "preprocess", "network", "export")
 
-# A batch is faster than its tiles one by one only while it is small: of stock networks on one Xeon core, batches of up
-# to 2**16 voxels took 0.2 to 0.9 of the time, larger ones 1.2 to 1.3 times as long (docs/predict.md). A fixed rule
-# gives the same result in every run, which a measurement at the start would not.
+# Small tiles are faster in a batch, large ones slower: with nnU-Net's network on one Xeon core, batches that fill 2**16
+# voxels took 0.2 to 0.9 of the time of single tiles, those of tiles larger than that 1.1 to 1.3 (docs/predict.md). A
+# fixed rule gives the same result in every run, which a measurement at the start would not.
 BATCH_VOXELS = 2**16
 # Predictions of constant tiles to remember; an image has one or two values that fill a tile.
 CONSTANT_TILES = 4
