@@ -39,6 +39,12 @@ COMMANDS = (
         "nnunet_dyn plan -d 501 -t effv2s fullyeffb0",
     ),
     Command(
+        "predict",
+        "nnunet_dyn.predict",
+        "segment images with an nnU-Net model, in less time and memory",
+        "nnunet_dyn predict -d 501 -c 3d_fullres -f 0 -i IMAGES -o OUT",
+    ),
+    Command(
         "profile",
         "nnunet_dyn.profiling",
         "count and time networks beside nnU-Net's own",

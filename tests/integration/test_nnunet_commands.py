@@ -83,6 +83,22 @@ def test_predict_and_evaluate(trained, tmp_path):
     assert set(json.loads((tmp_path / "summary.json").read_text())["mean"]) == {"1", "2", "3"}
 
 
+def test_nnunet_dyn_predict_gives_the_same_segmentation(trained, tmp_path):
+    """The two commands with the same flags, on the two kinds of model."""
+    for configuration, trainer in (("3d_fullres", TRAINER), ("2d", "nnUNetTrainerFullyEffB0_1epochs_2iters")):
+        flags = ("-d", 999, "-i", trained.raw / "imagesTs", "-c", configuration, "-f", 0, "-tr", trainer, "-device",
+                 "cpu", "-npp", 1, "-nps", 1)  # fmt: skip
+        trained.run("nnUNetv2_predict", *flags, "-o", tmp_path / configuration / "stock")
+        done = trained.run("nnunet_dyn", "predict", *flags, "-o", tmp_path / configuration / "ours")
+        assert "1 case in" in done.stdout and "pickle" not in done.stderr
+        (stock,) = (tmp_path / configuration / "stock").glob("*.nii.gz")
+        arrays = [
+            sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+            for path in (stock, tmp_path / configuration / "ours" / stock.name)
+        ]
+        assert (arrays[0] == arrays[1]).mean() >= 0.9999
+
+
 @pytest.mark.parametrize("name", ["nnUNetTrainerEffB0", "nnUNetTrainerODConv4x"])
 def test_resuming_continues_a_run_by_name_alone(workspace, name):
     """A run that was cut off after its checkpoint goes on to its end."""

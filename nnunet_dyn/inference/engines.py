@@ -1,0 +1,129 @@
+"""What runs the network: one small interface, and the engine of PyTorch."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nnunet_dyn.errors import JobError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+ENGINES = ("torch",)
+PLANNED_ENGINES = ("openvino", "onnxruntime")
+# What torch computes in, by device; the first is what nnU-Net takes there.
+TORCH_PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp16", "fp32", "bf16"), "mps": ("fp32",)}
+
+
+def check_engine(engine: str, precision: str | None, device: str) -> str:
+    """The precision to use. Imports nothing.
+
+    Args:
+        precision: ``None`` takes nnU-Net's own on that device: fp32, on CUDA half precision by autocast.
+        device: ``cpu``, ``cuda`` or ``mps``.
+
+    Raises:
+        UsageError: an engine, a device or a precision that is not there.
+    """
+    if engine in PLANNED_ENGINES:
+        raise UsageError(f"Engine {engine!r} is not there yet; expected {', '.join(ENGINES)}. Take --engine torch.")
+    if engine not in ENGINES:
+        raise UsageError(f"Unknown engine {engine!r}; expected {', '.join(ENGINES)}. Take --engine torch.")
+    if device not in TORCH_PRECISIONS:
+        raise UsageError(f"Unknown device {device!r}; expected one of {', '.join(TORCH_PRECISIONS)}.")
+    possible = TORCH_PRECISIONS[device]
+    if precision is None:
+        return possible[0]
+    if precision not in possible:
+        raise UsageError(
+            f"Engine torch has no {precision} on {device}; expected one of {', '.join(possible)}. Choose that, or "
+            "another device."
+        )
+    return precision
+
+
+class Engine(ABC):
+    """Runs the folds of one model, one at a time, on batches of tiles.
+
+    Attributes:
+        precision: what it computes in, such as ``fp32``.
+        threads: on the CPU, at most.
+        folds: how many parameter sets ``load`` can choose from.
+    """
+
+    def __init__(self, precision: str, threads: int | None, folds: int):
+        self.precision = precision
+        self.threads = threads or available_cores()
+        self.folds = folds
+
+    @abstractmethod
+    def load(self, fold: int) -> None:
+        """Make parameter set number ``fold``, from 0, the one that ``infer`` uses."""
+
+    @abstractmethod
+    def infer(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Logits of ``tiles``.
+
+        Args:
+            tiles: (B, C, *patch), float32, on the device of the engine. Rows do not influence each other.
+
+        Returns:
+            (B, classes, *patch) on the same device: new, so that the caller may overwrite it. Half precision only where
+            nnU-Net has it too.
+        """
+
+
+class TorchEngine(Engine):
+    """PyTorch in eager mode, or compiled where nnU-Net's ``nnUNet_compile`` asks for it; lower precision by autocast.
+
+    Args:
+        network: with deep supervision off.
+        parameters: a state dictionary per fold. They may be mapped from a file: ``load`` copies.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        parameters: Sequence[dict],
+        device: torch.device,
+        precision: str,
+        threads: int | None = None,
+    ):
+        super().__init__(precision, threads, len(parameters))
+        self.network = network.to(device).eval()
+        self.parameters = parameters
+        self.device = device
+        self._loaded: int | None = None
+
+    def load(self, fold: int) -> None:
+        if self._loaded == fold:
+            return
+        try:
+            getattr(self.network, "_orig_mod", self.network).load_state_dict(self.parameters[fold])
+        except RuntimeError as error:
+            said = textwrap.shorten(str(error), 300)  # torch names every key
+            raise JobError(
+                f"The checkpoint of fold number {fold} does not fit the network of the plans; expected both from one "
+                f"training and version. Copy the model folder again, or take the version it was trained with. {said}"
+            ) from error
+        self._loaded = fold
+
+    def infer(self, tiles: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self.device.type == "mps":  # has no autocast, not even one that is turned off
+            return self.network(tiles)
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            logits = self.network(tiles)
+        return logits.float() if dtype is torch.bfloat16 else logits  # mirrored copies are added up in this type
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,534 @@
+"""nnU-Net's predictor with tiles in batches, constant tiles computed once, and an export that needs little memory."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import save_json, save_pickle
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from tqdm import tqdm
+
+from nnunet_dyn.errors import JobError, UsageError
+from nnunet_dyn.inference.engines import Engine, TorchEngine, check_engine
+from nnunet_dyn.inference.export import probabilities_file, replacing, segment
+from nnunet_dyn.inference.model_folder import CHECKPOINT, load_model
+
+STAGES = ("read", "preprocess", "network", "export")
+
+# Small tiles are faster in a batch, large ones slower: with nnU-Net's network on one Xeon core, batches that fill 2**16
+# voxels took 0.2 to 0.9 of the time of single tiles, those of tiles larger than that 1.1 to 1.3 (docs/predict.md). A
+# fixed rule gives the same result in every run, which a measurement at the start would not.
+BATCH_VOXELS = 2**16
+# Predictions of constant tiles to remember; an image has one or two values that fill a tile.
+CONSTANT_TILES = 4
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one image.
+
+    Attributes:
+        segmentation: (z, y, x), the axes and the size of the image, uint8 (uint16 from 255 labels on).
+        probabilities: (classes or regions, z, y, x) float32, ``None`` unless asked for.
+        seconds: per stage, of ``read``, ``preprocess``, ``network`` and ``export``.
+    """
+
+    segmentation: np.ndarray
+    probabilities: np.ndarray | None
+    seconds: dict[str, float]
+
+
+@dataclass
+class Outcome:
+    """Of one case of ``Predictor.predict_files``.
+
+    Attributes:
+        case: the name of its files without channel and ending.
+        output: the segmentation that was written; not there if ``error`` is.
+        seconds: per stage.
+        error: what went wrong, in one line.
+    """
+
+    case: str
+    output: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+class Predictor(nnUNetPredictor):
+    """Predicts with any nnU-Net model. Make one with ``from_folder``.
+
+    Its sliding window adds up the same logits in the same order and half precision as nnU-Net's, so that the
+    segmentation is the same; what nnU-Net offers beside ``predict`` and ``predict_files`` works as always.
+
+    Attributes:
+        engine: runs the network.
+    """
+
+    engine: Engine
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        folds: Sequence[int | str] | None = None,
+        checkpoint: str = CHECKPOINT,
+        *,
+        engine: str = "torch",
+        precision: str | None = None,
+        device: str | None = None,
+        threads: int | None = None,
+        tile_step_size: float = 0.5,
+        use_mirroring: bool = True,
+        perform_everything_on_device: bool = True,
+        verbose: bool = False,
+        progress: bool = False,
+    ) -> Predictor:
+        """Load a model folder of nnU-Net.
+
+        Args:
+            folds: to average over; ``None`` takes all that are there.
+            checkpoint: file name in each fold's folder.
+            engine: ``torch``.
+            precision: ``fp32``, ``bf16`` or, on CUDA, ``fp16``; ``None`` computes as nnU-Net does: fp32, on CUDA half
+                precision by autocast.
+            device: ``cpu``, ``cuda`` or ``mps``; ``None`` takes CUDA where there is one, or else the CPU.
+            threads: on the CPU; ``None`` takes every core this process may use.
+            tile_step_size: of the patch, more than 0 and at most 1.
+            use_mirroring: average over flipped copies, along the axes that the trainer allows.
+            perform_everything_on_device: keep the logits on a GPU.
+            progress: show a bar on standard error while a case is predicted.
+
+        Raises:
+            UsageError: no such folder, fold, engine, precision or device.
+            JobError: a model that cannot be loaded.
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        precision = check_engine(engine, precision, device)
+        if not {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[device]:
+            raise UsageError(f"Got device {device}, which this machine or its torch does not have. Take cpu.")
+        if not 0 < tile_step_size <= 1:
+            raise UsageError(f"Got a step size of {tile_step_size}; expected a part of the patch, more than 0 up to 1.")
+        if threads is not None and threads < 1:
+            raise UsageError(f"Got {threads} threads; expected 1 or more.")
+        with redirect_stdout(StringIO()):  # nnU-Net explains perform_everything_on_device
+            predictor = cls(
+                tile_step_size=tile_step_size,
+                use_mirroring=use_mirroring,
+                perform_everything_on_device=perform_everything_on_device,
+                device=torch.device(device),
+                verbose=verbose,
+                verbose_preprocessing=verbose,
+                allow_tqdm=progress,
+            )
+        predictor.initialize_from_trained_model_folder(folder, folds, checkpoint, precision=precision, threads=threads)
+        return predictor
+
+    def initialize_from_trained_model_folder(
+        self,
+        model_training_output_dir: str | Path,
+        use_folds: Sequence[int | str] | int | str | None,
+        checkpoint_name: str = CHECKPOINT,
+        *,
+        precision: str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """As nnU-Net's, but unpickles only tensors and plain values where the checkpoint allows it."""
+        if isinstance(use_folds, (int, str)):
+            use_folds = [use_folds]
+        model = load_model(Path(model_training_output_dir), use_folds, checkpoint_name)
+        self.manual_initialization(
+            model.network,
+            model.plans,
+            model.configuration,
+            model.parameters,
+            model.dataset,
+            model.trainer,
+            model.mirroring_axes,
+        )
+        skip = {"resampling_fn_seg": "no_resampling_hack", "resampling_fn_seg_kwargs": {}}
+        self._image_only = ConfigurationManager(model.configuration.configuration | skip)
+        precision = check_engine("torch", precision, self.device.type)
+        self.engine = TorchEngine(self.network, model.parameters, self.device, precision, threads)
+        self.engine.load(0)
+
+    # ------------------------------------------------------------------------------------------------ sliding window
+
+    @torch.inference_mode()
+    def predict_logits_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
+        """Logits of a preprocessed image, the mean over the folds.
+
+        Args:
+            data: (C, *shape), as nnU-Net's preprocessor leaves it, for a cascade with the one-hot segmentation of the
+                previous stage behind the image.
+
+        Returns:
+            (classes, *shape) in half precision on the CPU.
+        """
+        logits = None
+        with self._threads():
+            for fold in range(self.engine.folds):
+                self.engine.load(fold)
+                of_fold = self.predict_sliding_window_return_logits(data).to("cpu")
+                logits = of_fold if logits is None else logits.add_(of_fold)
+        return logits.div_(self.engine.folds) if self.engine.folds > 1 else logits
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.engine.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    @torch.inference_mode()
+    def _internal_predict_sliding_window_return_logits(
+        self, data: torch.Tensor, slicers: list[tuple], do_on_device: bool = True
+    ) -> torch.Tensor:
+        """nnU-Net's accumulation: half precision, its order of tiles. Anything else would change some voxels."""
+        device = self.device if do_on_device else torch.device("cpu")
+        data = data.to(device)
+        logits = torch.zeros(
+            (self.label_manager.num_segmentation_heads, *data.shape[1:]), dtype=torch.half, device=device
+        )
+        weights = torch.zeros(data.shape[1:], dtype=torch.half, device=device)
+        gaussian = 1
+        if self.use_gaussian:
+            patch = tuple(self.configuration_manager.patch_size)
+            gaussian = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=10, device=device)
+        with tqdm(total=len(slicers), disable=None if self.allow_tqdm else True, leave=False, unit="tile") as bar:
+            for slicer, prediction in self._predict_tiles(data, slicers):
+                logits[slicer] += prediction.to(device) * gaussian
+                weights[slicer[1:]] += gaussian
+                bar.update()
+        for of_class in logits:
+            of_class /= weights
+            if not bool(of_class.isfinite().all()):
+                raise JobError(
+                    "The network gave logits that are NaN or too large for half precision; expected finite ones. Check "
+                    "the checkpoint, and that the images are like those of the training."
+                )
+        return logits
+
+    def _predict_tiles(self, data: torch.Tensor, slicers: list[tuple]) -> Iterator[tuple[tuple, torch.Tensor]]:
+        """Each slicer with its tile's (classes, *patch) logits, in order."""
+        copies = self._mirrored_axes()
+        batch = max(1, BATCH_VOXELS // math.prod(self.configuration_manager.patch_size))
+        together = max(1, batch // len(copies))
+        constant: dict[tuple[float, ...], torch.Tensor] = {}
+        for start in range(0, len(slicers), together):
+            group = slicers[start : start + together]
+            tiles = [data[slicer] for slicer in group]
+            # What a tile is known by: its values where it is constant, or else its number.
+            keys = [constant_values(tile) or number for number, tile in enumerate(tiles)]
+            new = {key: tile for key, tile in zip(keys, tiles, strict=True) if key not in constant}
+            known = constant | dict(zip(new, self._mean_of_copies(list(new.values()), copies, batch), strict=True))
+            for slicer, key in zip(group, keys, strict=True):
+                yield slicer, known[key]
+            constant = {key: known[key] for key in [key for key in known if isinstance(key, tuple)][-CONSTANT_TILES:]}
+
+    def _mirrored_axes(self) -> list[tuple[int, ...]]:
+        """Axes of (C, *patch) to flip for each copy of a tile, in nnU-Net's order; no axis for the tile itself."""
+        allowed = [axis + 1 for axis in (self.allowed_mirroring_axes or ()) if self.use_mirroring]
+        return [axes for n in range(len(allowed) + 1) for axes in itertools.combinations(allowed, n)]
+
+    def _mean_of_copies(
+        self, tiles: list[torch.Tensor], copies: list[tuple[int, ...]], batch: int
+    ) -> list[torch.Tensor]:
+        """(classes, *patch) logits of each (C, *patch) tile, the mean over its mirrored copies."""
+        work = [(index, axes) for index in range(len(tiles)) for axes in copies]
+        sums: list[torch.Tensor | None] = [None] * len(tiles)
+        for start in range(0, len(work), batch):
+            part = work[start : start + batch]
+            stacked = torch.stack([tiles[index].flip(axes) for index, axes in part]).to(self.device)
+            for (index, axes), logits in zip(part, self.engine.infer(stacked), strict=True):
+                sums[index] = logits if sums[index] is None else sums[index].add_(logits.flip(axes))
+        return [total.div_(len(copies)) for total in sums]
+
+    # ------------------------------------------------------------------------------------------------------- one case
+
+    def predict(
+        self,
+        array: np.ndarray,
+        spacing: Sequence[float],
+        *,
+        previous_stage: np.ndarray | None = None,
+        probabilities: bool = False,
+    ) -> Prediction:
+        """Segment one image.
+
+        Args:
+            array: (channels, z, y, x), any number type, as SimpleITK orders axes; a 2D image is (channels, 1, y, x).
+                Intensities as in the files the model was trained on: they are normalised here.
+            spacing: (z, y, x) in mm per voxel, in the order of the array's axes. For a 2D image nnU-Net's readers give
+                the first axis a large one, 999.
+            previous_stage: (z, y, x) labels of a cascade's first stage.
+            probabilities: return them too.
+
+        Raises:
+            UsageError: a cascade without its previous stage, or one for a model that is no cascade.
+            JobError: an array or spacing that this model cannot take, or not finite.
+        """
+        array = np.asarray(array)
+        spacing = [float(value) for value in spacing]
+        if array.ndim != 4 or len(spacing) != 3 or not all(math.isfinite(value) and value > 0 for value in spacing):
+            raise JobError(
+                f"Got an array of shape {array.shape} and spacing {spacing}; expected (channels, z, y, x) and three "
+                "numbers of mm, more than 0. A 2D image is (channels, 1, y, x)."
+            )
+        self._check_cascade(previous_stage is not None)
+        if previous_stage is not None:
+            previous_stage = np.asarray(previous_stage)[None]
+        seconds = dict.fromkeys(STAGES, 0.0)
+        allocate = (lambda shape: np.zeros(shape, np.float32)) if probabilities else None
+        result = self._predict_case([array], {"spacing": spacing}, previous_stage, seconds, allocate)
+        return Prediction(*result, seconds)
+
+    def _predict_case(
+        self,
+        image: list[np.ndarray],
+        properties: dict,
+        previous_stage: np.ndarray | None,
+        seconds: dict[str, float],
+        allocate_probabilities: Callable[[tuple[int, ...]], np.ndarray] | None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Segmentation and probabilities; adds to ``seconds``, and takes the array out of ``image`` to free it."""
+        self._check_image(image[0], previous_stage)
+        with _timed(seconds, "preprocess"):
+            # Without a previous stage nobody looks at the segmentation that the preprocessor would resample.
+            configuration = self._image_only if previous_stage is None else self.configuration_manager
+            preprocessor = configuration.preprocessor_class(verbose=self.verbose_preprocessing)
+            data, labels, properties = preprocessor.run_case_npy(
+                image.pop(), previous_stage, properties, self.plans_manager, configuration, self.dataset_json
+            )
+            if previous_stage is not None:
+                one_hot = convert_labelmap_to_one_hot(labels[0], self.label_manager.foreground_labels, data.dtype)
+                data = np.vstack((data, one_hot))
+            data = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32))
+        with _timed(seconds, "network"):
+            logits = self.predict_logits_from_preprocessed_data(data)
+        del data
+        with _timed(seconds, "export"), self._threads():
+            return segment(
+                logits,
+                self.plans_manager,
+                self.configuration_manager,
+                self.label_manager,
+                properties,
+                allocate_probabilities,
+            )
+
+    def _check_image(self, image: np.ndarray, previous_stage: np.ndarray | None) -> None:
+        names = self.dataset_json.get("channel_names") or self.dataset_json.get("modality")
+        if len(image) != len(names):
+            raise JobError(
+                f"Got {len(image)} channel{'s' * (len(image) != 1)}; expected {len(names)}: {', '.join(names.values())}"
+                " (what the model was trained on, in that order). Give all of them."
+            )
+        if not image.size:
+            raise JobError(
+                f"Got an image of {' × '.join(map(str, image.shape[1:]))} voxels; expected some in every axis."
+            )
+        for channel, values in enumerate(image):
+            if bad := values.size - int(np.count_nonzero(np.isfinite(values))):
+                raise JobError(
+                    f"{bad} of {values.size} voxels of channel {channel} are NaN or infinite; expected numbers. "
+                    "Replace them, for example by the value of air."
+                )
+        if previous_stage is not None and previous_stage.shape[1:] != image.shape[1:]:
+            raise JobError(
+                f"Got a segmentation of the previous stage of {previous_stage.shape[1:]} voxels for an image of "
+                f"{image.shape[1:]}; expected the same."
+            )
+
+    def _check_cascade(self, has_previous_stage: bool) -> None:
+        name = self.configuration_manager.previous_stage_name
+        if name is not None and not has_previous_stage:
+            raise UsageError(
+                f"This is the second stage of a cascade; expected the segmentations of {name}. Give them with "
+                "-prev_stage_predictions."
+            )
+        if name is None and has_previous_stage:
+            raise UsageError(
+                "Got segmentations of a previous stage for a model that has none. Leave out -prev_stage_predictions."
+            )
+
+    # -------------------------------------------------------------------------------------------------------- files
+
+    def predict_files(
+        self,
+        images: str | Path | Sequence[Sequence[str | Path]],
+        output: str | Path,
+        *,
+        save_probabilities: bool = False,
+        overwrite: bool = True,
+        previous_stage: str | Path | None = None,
+        num_parts: int = 1,
+        part_id: int = 0,
+        report: Callable[[int, int, Outcome], None] | None = None,
+    ) -> list[Outcome]:
+        """Segment image files one after the other, in this process.
+
+        A case that fails is recorded and the next one is taken. Files appear under their names when they are complete.
+
+        Args:
+            images: a folder in nnU-Net's naming (``case_0000.nii.gz``), or a list of channel files per case.
+            output: folder for ``case.nii.gz`` (the ending of the data set), with ``save_probabilities`` also nnU-Net's
+                ``.npz`` and ``.pkl``; made if it does not exist.
+            overwrite: ``False`` leaves out cases that are there.
+            previous_stage: folder with the segmentations of a cascade's first stage.
+            num_parts, part_id: take every ``num_parts``-th case from number ``part_id`` on.
+            report: called after each case with its number from 1, their number, and its outcome.
+
+        Raises:
+            UsageError: a folder or part that is not there, or a folder without images.
+        """
+        if not 0 <= part_id < num_parts:
+            raise UsageError(f"Got part {part_id} of {num_parts}; expected 0 to {num_parts - 1}.")
+        self._check_cascade(previous_stage is not None)
+        output, ending = Path(output), self.dataset_json["file_ending"]
+        cases = list_cases(images, ending)[part_id::num_parts]
+        outcomes = [Outcome(case, output / f"{case}{ending}") for case, _ in cases]
+        files = [files for _, files in cases]
+        if not overwrite:
+            companions = (".npz",) if save_probabilities else ()
+            todo = [
+                not all((output / f"{outcome.case}{suffix}").is_file() for suffix in (ending, *companions))
+                for outcome in outcomes
+            ]
+            outcomes, files = list(itertools.compress(outcomes, todo)), list(itertools.compress(files, todo))
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"Cannot make the folder {output}: {error.strerror}. Name another.") from error
+        for name, content in (("dataset.json", self.dataset_json), ("plans.json", self.plans_manager.plans)):
+            with replacing(output / name) as temporary:  # nnU-Net's evaluation and postprocessing look for them
+                save_json(content, str(temporary), sort_keys=False)
+        for number, (outcome, channels) in enumerate(zip(outcomes, files, strict=True), 1):
+            try:
+                before = previous_stage and Path(previous_stage, f"{outcome.case}{ending}")
+                self._predict_file(channels, outcome, before, save_probabilities)
+            except Exception as error:  # whatever it is, the other cases are still wanted
+                if self.verbose:
+                    traceback.print_exc()
+                kind = "" if isinstance(error, (JobError, UsageError)) else f"{type(error).__name__}: "
+                outcome.error = " ".join(f"{kind}{error}".split())
+            if report is not None:
+                report(number, len(outcomes), outcome)
+        compute_gaussian.cache_clear()
+        return outcomes
+
+    def _predict_file(
+        self, files: Sequence[Path], outcome: Outcome, previous_stage: Path | None, save_probabilities: bool
+    ) -> None:
+        outcome.seconds = dict.fromkeys(STAGES, 0.0)
+        reader = self.plans_manager.image_reader_writer_class()
+        with _timed(outcome.seconds, "read"):
+            image, properties = _read(reader.read_images, [str(path) for path in files])
+            before = None
+            if previous_stage is not None:
+                before, _ = _read(reader.read_seg, str(previous_stage))
+        image = [image]
+        with ExitStack() as stack:
+            allocate = None
+            if save_probabilities:
+                npz = outcome.output.with_name(f"{outcome.case}.npz")
+                allocate = stack.enter_context(probabilities_file(npz))
+            segmentation, _ = self._predict_case(image, properties, before, outcome.seconds, allocate)
+            with _timed(outcome.seconds, "export"):
+                stack.close()
+                if save_probabilities:
+                    with replacing(outcome.output.with_name(f"{outcome.case}.pkl")) as temporary:
+                        save_pickle(properties, str(temporary))
+                with replacing(outcome.output) as temporary:
+                    reader.write_seg(segmentation, str(temporary), properties)
+
+
+def constant_values(tile: torch.Tensor) -> tuple[float, ...] | None:
+    """The value of each channel of (C, *patch), or ``None`` unless each has only one."""
+    flat = tile.flatten(1)
+    first = flat[:, :1]
+    return tuple(first[:, 0].tolist()) if bool((flat == first).all()) else None
+
+
+def list_cases(images: str | Path | Sequence[Sequence[str | Path]], ending: str) -> list[tuple[str, list[Path]]]:
+    """Name and channel files of each case; of a folder, in the order of their names.
+
+    Raises:
+        UsageError: no folder, or nothing in it that nnU-Net would take for an image.
+    """
+    if not isinstance(images, (str, Path)):
+        cases = [[Path(path) for path in files] for files in images]
+        return [(files[0].name[: -len(ending) - 5], files) for files in cases]
+    folder = Path(images)
+    if not folder.is_dir():
+        raise UsageError(f"No folder {folder}; expected one with images named as case_0000{ending}.")
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob(f"*_[0-9][0-9][0-9][0-9]{ending}")):
+        found.setdefault(path.name[: -len(ending) - 5], []).append(path)
+    if not found:
+        raise UsageError(
+            f"{folder} has no images; expected names as case_0000{ending}, the ending of the training data."
+        )
+    return sorted(found.items())
+
+
+def _read(read: Callable, files: list[str] | str) -> tuple[np.ndarray, dict]:
+    """What ``read`` returns, or a JobError of one line."""
+    output = StringIO()
+    names = [files] if isinstance(files, str) else files
+    try:
+        for name in names:
+            _check_complete(name)
+        with redirect_stdout(output):  # nnU-Net's readers print what is wrong and raise an empty error
+            array, properties = read(files)
+    except Exception as error:  # each reader's library has errors of its own
+        said = str(error) or output.getvalue()
+        raise JobError(f"Cannot read {', '.join(names)}: {type(error).__name__}: {said}") from error
+    print(output.getvalue(), end="", file=sys.stderr)
+    return array, properties
+
+
+def _check_complete(name: str) -> None:
+    """Raise where a NIfTI file ends too early: ITK fills what is missing with zeros and says nothing."""
+    if not name.endswith((".nii", ".nii.gz")):
+        return
+    import nibabel
+
+    size = 0
+    with (gzip.open if name.endswith(".gz") else open)(name, "rb") as file:
+        while part := file.read(2**20):
+            size += len(part)
+    try:
+        header = nibabel.load(name)
+    except nibabel.filebasedimages.ImageFileError:  # the reader says whether it can do more
+        return
+    expected = header.dataobj.offset + math.prod(header.shape) * header.get_data_dtype().itemsize
+    if size < expected:
+        raise EOFError(f"truncated, {size} of {expected} bytes are there. Copy it again.")
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

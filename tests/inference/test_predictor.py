@@ -1,0 +1,228 @@
+"""The segmentation is nnU-Net's, whatever the model and the image are like."""
+
+import models
+import numpy as np
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunet_dyn.errors import JobError, UsageError
+from nnunet_dyn.inference import Predictor
+from nnunet_dyn.inference import predictor as module
+
+SMALLEST_AGREEMENT = 0.9999
+
+
+def stock(folder, folds=(0,), mirroring=True) -> nnUNetPredictor:
+    predictor = nnUNetPredictor(use_mirroring=mirroring, device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(folder), folds)
+    return predictor
+
+
+def agreement(first: np.ndarray, second: np.ndarray) -> float:
+    assert first.shape == second.shape and first.dtype == second.dtype
+    return float((first == second).mean())
+
+
+CUBIC = ("resample_data_or_seg_to_shape", {**models.LINEAR, "order": 3})
+TORCH = ("resample_torch_fornnunet", {"is_seg": False, "force_separate_z": None, "memefficient_seg_resampling": False})
+MODELS = {
+    "3d": dict(options={}, shape=(20, 30, 25), spacing=(1, 1, 1)),
+    "3d, resampled": dict(options={"spacing": (1.5, 1, 1.2)}, shape=(23, 31, 27), spacing=(1, 1.3, 1)),
+    "3d, anisotropic": dict(options={"spacing": (4, 1, 1), "patch_size": (8, 24, 24)}, shape=(9, 41, 37),
+                            spacing=(5, 0.8, 0.7)),
+    "3d, by torch": dict(options={"spacing": (4, 1, 1), "resampling": TORCH}, shape=(9, 41, 37), spacing=(5, 0.8, 0.7)),
+    "3d, cubic": dict(options={"spacing": (1.5, 1, 1.2), "resampling": CUBIC}, shape=(23, 31, 27), spacing=(1, 1.3, 1)),
+    "3d, two folds": dict(options={"spacing": (1.2, 1, 1), "folds": 2}, shape=(20, 30, 25), spacing=(1, 1, 1)),
+    "3d, transposed": dict(options={"spacing": (1.2, 1, 1.5), "transpose": (2, 0, 1)}, shape=(20, 30, 25),
+                           spacing=(1, 1.2, 1.4)),
+    "3d, two channels, no mirroring": dict(options={"channels": 2, "mirroring": None}, shape=(20, 30, 25),
+                                           spacing=(1, 1, 1)),
+    "regions": dict(options={"labels": models.REGIONS, "spacing": (1.3, 1, 1)}, shape=(20, 30, 25), spacing=(1, 1, 1)),
+    "2d": dict(options={"dimension": 2, "patch_size": (24, 16), "spacing": (9, 1.3, 1)}, shape=(5, 40, 31),
+               spacing=(3, 1, 1)),
+    "2d, regions, two folds": dict(options={"dimension": 2, "patch_size": (24, 16), "labels": models.REGIONS,
+                                            "folds": 2}, shape=(5, 40, 31), spacing=(3, 1, 1)),
+    "smaller than the patch": dict(options={}, shape=(7, 30, 11), spacing=(1, 1, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("probabilities", [False, True], ids=["segmentation", "probabilities"])
+def test_the_prediction_is_nnunets(tmp_path, name, probabilities):
+    model = MODELS[name]
+    options = model["options"]
+    folder = models.write_model(tmp_path / "model", **options)
+    folds = tuple(range(options.get("folds", 1)))
+    array = models.image(model["shape"], options.get("channels", 1))
+    expected = stock(folder, folds).predict_single_npy_array(
+        array, {"spacing": list(model["spacing"])}, None, None, probabilities
+    )
+    expected, expected_probabilities = expected if probabilities else (expected, None)
+    predicted = Predictor.from_folder(folder, folds, device="cpu").predict(
+        array, model["spacing"], probabilities=probabilities
+    )
+    assert agreement(predicted.segmentation, expected) >= SMALLEST_AGREEMENT
+    assert len(np.unique(expected)) > 2, "an empty prediction would agree by chance"
+    assert set(predicted.seconds) == {"read", "preprocess", "network", "export"}
+    if probabilities:
+        assert predicted.probabilities.dtype == expected_probabilities.dtype
+        np.testing.assert_allclose(predicted.probabilities, expected_probabilities, atol=2e-3)
+        assert np.abs(predicted.probabilities - expected_probabilities).mean() < 1e-5
+    else:
+        assert predicted.probabilities is None
+
+
+def test_folds_are_found_and_averaged(tmp_path):
+    folder = models.write_model(tmp_path / "model", folds=2)
+    array = models.image((18, 20, 22))
+    both, first = (Predictor.from_folder(folder, folds, device="cpu") for folds in (None, [0]))
+    assert both.engine.folds == 2
+    data = torch.from_numpy(array)
+    logits = [predictor.predict_logits_from_preprocessed_data(data) for predictor in (both, first)]
+    expected = stock(folder, (0, 1)).predict_logits_from_preprocessed_data(data)
+    torch.testing.assert_close(logits[0], expected, atol=2e-3, rtol=2e-3)
+    assert not torch.allclose(logits[0], logits[1], atol=0.05)
+
+
+class Counting(torch.nn.Module):
+    """Counts the rows it is asked for."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.batches = network, []
+
+    def forward(self, x):
+        self.batches.append(len(x))
+        return self.network(x)
+
+
+def count(predictor: Predictor) -> list[int]:
+    predictor.engine.network = counting = Counting(predictor.engine.network)
+    return counting.batches
+
+
+def test_batches_are_limited_by_their_voxels_and_span_tiles(tmp_path, monkeypatch):
+    folder = models.write_model(tmp_path / "model", dimension=2, patch_size=(16, 16))
+    data = torch.from_numpy(models.image((1, 32, 24)))
+    results, batches = [], []
+    for limit in (1, 2 * 256, 12 * 256):
+        monkeypatch.setattr(module, "BATCH_VOXELS", limit)
+        predictor = Predictor.from_folder(folder, device="cpu")
+        batches.append(count(predictor))
+        results.append(predictor.predict_logits_from_preprocessed_data(data))
+    # Six tiles, four copies of each.
+    assert batches == [[1] * 24, [2] * 12, [12, 12]]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], atol=2e-3, rtol=2e-3)
+
+
+def test_constant_tiles_are_computed_once(tmp_path):
+    folder = models.write_model(tmp_path / "model")
+    data = torch.zeros(1, 16, 16, 80)
+    data[..., 24:32] = torch.randn(8)
+    data[..., 64:] = 1.5
+    predictor = Predictor.from_folder(folder, device="cpu")
+    batches = count(predictor)
+    logits = predictor.predict_logits_from_preprocessed_data(data)
+    # Tiles start at 0, 8, … 64: zeros at 0, 8, 32, 40 and 48, another constant at 64, and three others; eight copies.
+    assert sum(batches) == 8 * (1 + 1 + 3)
+    torch.testing.assert_close(logits, stock(folder).predict_logits_from_preprocessed_data(data), atol=2e-3, rtol=2e-3)
+
+
+def test_constant_tiles_are_remembered_behind_a_batch_of_others(tmp_path):
+    """In 2D a batch holds many tiles."""
+    folder = models.write_model(tmp_path / "model", dimension=2, patch_size=(16, 16), mirroring=None)
+    predictor = Predictor.from_folder(folder, device="cpu")
+    batches = count(predictor)
+    together = module.BATCH_VOXELS // 16**2
+    data = torch.zeros(1, 3 * together, 16, 16)
+    data[:, together : 2 * together] = torch.randn(together, 16, 16)
+    predictor.predict_logits_from_preprocessed_data(data)
+    assert batches == [1, together]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([[1, 1], [2, 2]], (1.0, 2.0)), ([[1, 1], [2, 3]], None), ([[0, 0], [0, 0]], (0.0, 0.0))],
+)
+def test_constant_values(values, expected):
+    assert module.constant_values(torch.tensor(values, dtype=torch.float32)[..., None]) == expected
+
+
+def test_bf16_is_close_and_is_bf16(tmp_path):
+    folder = models.write_model(tmp_path / "model")
+    data = torch.from_numpy(models.image((16, 16, 16)))
+    full, low = (Predictor.from_folder(folder, precision=p, device="cpu") for p in ("fp32", "bf16"))
+    seen = []
+    low.engine.network.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    logits = [predictor.predict_logits_from_preprocessed_data(data).float() for predictor in (full, low)]
+    assert set(seen) == {torch.bfloat16}
+    error = (logits[0] - logits[1]).abs().mean() / logits[0].abs().mean()
+    assert 1e-4 < error < 0.05
+
+
+def test_threads_are_given_back(tmp_path):
+    predictor = Predictor.from_folder(models.write_model(tmp_path / "model"), device="cpu", threads=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        used = []
+        predictor.engine.network.register_forward_hook(lambda *_: used.append(torch.get_num_threads()))
+        predictor.predict(models.image((16, 16, 16)), (1, 1, 1))
+        assert set(used) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_image_of_zeros_is_a_segmentation_too(tmp_path):
+    folder = models.write_model(tmp_path / "model")
+    array = np.zeros((1, 17, 18, 19), np.int16)
+    expected = stock(folder).predict_single_npy_array(array, {"spacing": [1, 1, 1]})
+    assert agreement(Predictor.from_folder(folder, device="cpu").predict(array, (1, 1, 1)).segmentation, expected) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (dict(engine="tensorrt"), "Unknown engine 'tensorrt'; expected torch"),
+        (dict(engine="openvino"), "not there yet"),
+        (dict(precision="int8"), "no int8 on cpu"),
+        (dict(device="tpu"), "Unknown device 'tpu'"),
+        (dict(tile_step_size=0), "step size"),
+        (dict(threads=0), "threads"),
+        (dict(folds=[3]), "there are folds: 0"),
+        (dict(checkpoint="checkpoint_best.pth"), "there are folds: none"),
+    ],
+)
+def test_requests_that_cannot_be_met(tmp_path, change, expected):
+    folder = models.write_model(tmp_path / "model")
+    with pytest.raises(UsageError, match=expected):
+        Predictor.from_folder(folder, **{"folds": [0], "device": "cpu", **change})
+
+
+@pytest.mark.parametrize(
+    ("array", "spacing", "expected"),
+    [
+        (np.zeros((16, 16, 16)), (1, 1, 1), r"shape \(16, 16, 16\)"),
+        (np.zeros((1, 16, 16, 16)), (1, 0, 1), "spacing"),
+        (np.zeros((2, 16, 16, 16)), (1, 1, 1), "Got 2 channels; expected 1: image0"),
+        (np.full((1, 16, 16, 16), np.nan), (1, 1, 1), "4096 of 4096 voxels of channel 0 are NaN"),
+        (np.full((1, 16, 16, 16), np.inf), (1, 1, 1), "infinite"),
+        (np.zeros((1, 16, 0, 16)), (1, 1, 1), "16 × 0 × 16 voxels"),
+    ],
+)
+def test_images_that_cannot_be_predicted(tmp_path, array, spacing, expected):
+    predictor = Predictor.from_folder(models.write_model(tmp_path / "model"), device="cpu")
+    with pytest.raises(JobError, match=expected):
+        predictor.predict(array, spacing)
+
+
+def test_logits_that_are_not_finite_are_an_error(tmp_path):
+    folder = models.write_model(tmp_path / "model")
+    predictor = Predictor.from_folder(folder, device="cpu")
+    with torch.no_grad():
+        for parameter in predictor.engine.network.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(JobError, match="NaN or too large"):
+        predictor.predict(models.image((16, 16, 16)), (1, 1, 1))

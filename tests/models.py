@@ -1,0 +1,143 @@
+"""Model folders for the tests, as nnU-Net leaves them, with untrained networks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from plans import plans_manager
+
+LABELS = {"background": 0, "a": 1, "b": 2, "c": 3, "d": 4}
+REGIONS = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "active": 3}
+
+LINEAR = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
+
+
+def plans(
+    dimension: int = 3,
+    patch_size: Sequence[int] = (16, 16, 16),
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    channels: int = 1,
+    transpose: Sequence[int] = (0, 1, 2),
+    resampling: tuple[str, dict] = ("resample_data_or_seg_to_shape", LINEAR),
+) -> dict:
+    """Plans with one configuration of a network of three small stages."""
+    made = plans_manager(dimension, patch_size, n_stages=3, features=(8, 16, 32)).plans
+    (configuration,) = made["configurations"].values()
+    name, kwargs = resampling
+    configuration |= {
+        "spacing": list(spacing)[-dimension:],
+        "normalization_schemes": ["ZScoreNormalization"] * channels,
+        "use_mask_for_norm": [False] * channels,
+        "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": {**LINEAR, "order": 3},
+        "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "resampling_fn_seg_kwargs": {**LINEAR, "is_seg": True},
+        "resampling_fn_probabilities": name,
+        "resampling_fn_probabilities_kwargs": kwargs,
+    }
+    made["transpose_forward"] = list(transpose)
+    made["transpose_backward"] = [list(transpose).index(axis) for axis in range(3)]
+    made["foreground_intensity_properties_per_channel"] = {str(c): {} for c in range(channels)}
+    return made
+
+
+def dataset(labels: dict = LABELS, channels: int = 1) -> dict:
+    regions = any(isinstance(label, list) for label in labels.values())
+    return {
+        "channel_names": {str(channel): f"image{channel}" for channel in range(channels)},
+        "labels": labels,
+        "file_ending": ".nii.gz",
+        **({"regions_class_order": [1, 2, 3]} if regions else {}),
+    }
+
+
+def write_model(
+    folder: Path,
+    labels: dict = LABELS,
+    folds: int = 1,
+    channels: int = 1,
+    trainer: str = "nnUNetTrainer",
+    mirroring: Sequence[int] | None = (0, 1, 2),
+    previous_stage: bool = False,
+    **options,
+) -> Path:
+    """Write a model folder with random weights; ``options`` are those of ``plans``."""
+    content, description = plans(channels=channels, **options), dataset(labels, channels)
+    (configuration,) = content["configurations"]
+    if previous_stage:
+        content["configurations"][configuration]["previous_stage"] = "3d_lowres"
+    manager = PlansManager(content)
+    inputs = determine_num_input_channels(manager, configuration, description)
+    folder.mkdir(parents=True)
+    (folder / "plans.json").write_text(json.dumps(content))
+    (folder / "dataset.json").write_text(json.dumps(description))
+    for fold in range(folds):
+        torch.manual_seed(fold)
+        network = nnUNetTrainer.build_network_architecture(
+            manager,
+            manager.get_configuration(configuration),
+            inputs,
+            manager.get_label_manager(description).num_segmentation_heads,
+            enable_deep_supervision=False,
+        )
+        _let_every_class_win(network, manager.get_configuration(configuration).patch_size, inputs)
+        (folder / f"fold_{fold}").mkdir()
+        checkpoint = {
+            "network_weights": network.state_dict(),
+            "trainer_name": trainer,
+            "init_args": {"configuration": configuration, "fold": fold, "device": torch.device("cpu")},
+            "inference_allowed_mirroring_axes": mirroring and tuple(mirroring[: content_dimension(content)]),
+            "logging": {"train_losses": [np.float32(0.5)], "val_losses": [np.float64(0.25)]},
+        }
+        torch.save(checkpoint, folder / f"fold_{fold}" / "checkpoint_final.pth")
+    return folder
+
+
+def _let_every_class_win(network: torch.nn.Module, patch_size: Sequence[int], channels: int) -> None:
+    """Give the classes the same mean, so that an untrained network does not predict one of them everywhere."""
+    with torch.no_grad():
+        logits = network.eval()(torch.randn(1, channels, *patch_size)).flatten(2)
+        head = network.decoder.seg_layers[-1]
+        head.bias -= logits.mean(2)[0]
+        head.weight *= 3 / logits.std()
+        head.bias *= 3 / logits.std()
+
+
+def content_dimension(content: dict) -> int:
+    (configuration,) = content["configurations"].values()
+    return len(configuration["patch_size"])
+
+
+def image(shape: Sequence[int], channels: int = 1, seed: int = 0) -> np.ndarray:
+    """(channels, z, y, x): smooth shapes with noise, between margins of zeros that nnU-Net crops away."""
+    rng = np.random.default_rng(seed)
+    axes = np.meshgrid(*(np.linspace(0, 6, n) for n in shape), indexing="ij")
+    smooth = sum(np.sin(axis + shift) for axis, shift in zip(axes, rng.uniform(0, 6, 3), strict=True))
+    made = np.stack([smooth * (c + 1) + rng.normal(0, 0.3, shape) for c in range(channels)]).astype(np.float32)
+    made[..., :2] = made[..., -3:] = 0
+    return made
+
+
+def write_cases(
+    folder: Path,
+    arrays: dict[str, np.ndarray],
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    ending: str = ".nii.gz",
+) -> Path:
+    """Write (channels, z, y, x) arrays in nnU-Net's naming."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for case, array in arrays.items():
+        for channel, values in enumerate(array):
+            file = sitk.GetImageFromArray(values)
+            file.SetSpacing([float(value) for value in spacing[::-1]])
+            file.SetOrigin((3.0, -4.0, 5.0))
+            sitk.WriteImage(file, str(folder / f"{case}_{channel:04d}{ending}"))
+    return folder
