@@ -1,7 +1,7 @@
 """Uniform symmetric quantisation, simulated: values are rounded to the grid of an integer type and stay floats.
 
 Source: Eq. 6 of Shen et al. 2023, "Med-DANet V2", ``Q_b(w) = round(clip(w, a) · r / a) · a / r`` with ``a = max|w|``.
-The paper's ``r = 2^(b-1)`` needs one integer more than a signed type of ``b`` bits has, so that ``r = 2^(b-1) - 1`` here.
+The paper's ``r = 2^(b-1)`` needs one integer more than a signed type of ``b`` bits has, so ``r = 2^(b-1) - 1`` here.
 """
 
 from __future__ import annotations
