@@ -28,20 +28,59 @@ from torchvision.models import shufflenet_v2_x0_5
 from nnunet_dyn.accounting import count_operations
 from nnunet_dyn.architectures.blocks import kept_maps, strided_size
 from nnunet_dyn.quantization import FULL_PRECISION, quantized
+from nnunet_dyn.safety import NEVER
 
 #: Size of a skipped slice's logits. Averages over tiles and flips in half precision neither overflow nor lose it.
 SKIP_LOGIT = 8.0
 #: Both sides of a slice are at least this long where the policy and the position network see it: four of their five
 #: halvings leave batch normalisation more than one value even for a batch of one.
 _SMALLEST_VIEW = 64
-#: A threshold that no probability exceeds.
-NEVER = 2.0
 
 Size = tuple[int, int]
 Box = tuple[Size, Size]
 
 
 # --- what can be chosen ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of the training.
+
+    Attributes:
+        share: of all epochs; the last phase has an epoch at least.
+        learns: parts of the network whose parameters change, of :data:`PARTS`.
+        random_centres: crops are placed at random, not by the position network.
+        quantised: stages run at the widths that the selectors choose, else in full precision.
+        cost: whether the cost is part of the loss.
+
+    Every choice that runs counts in the loss, and while the policy learns, so does what it mixes.
+    """
+
+    name: str
+    share: float
+    learns: frozenset[str]
+    random_centres: bool
+    quantised: bool
+    cost: bool
+
+
+#: The parts that a :class:`Phase` may train.
+PARTS = ("segmentation", "policy", "position", "selectors")
+
+#: Phases by name. ``paper`` is Section 3.5 with the lengths of Section 4.1, ``published`` what the authors' code does.
+SCHEDULES: dict[str, tuple[Phase, ...]] = {
+    "paper": (
+        Phase("full precision", 200 / 350, frozenset({"segmentation", "policy"}), True, False, True),
+        Phase("position and bits", 100 / 350, frozenset({"segmentation", "position", "selectors"}), False, True, True),
+        Phase("everything", 50 / 350, frozenset(PARTS), False, True, True),
+    ),
+    "published": (
+        Phase("full precision", 150 / 350, frozenset({"segmentation", "position"}), False, False, False),
+        Phase("bits", 150 / 350, frozenset({"segmentation", "position", "selectors"}), False, True, True),
+        Phase("policy", 50 / 350, frozenset({"policy"}), False, True, True),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +98,7 @@ class MedDANetOptions:
         position_weight: weight of the distance between a crop and the nearest one centred on the foreground, which
             the paper does not have; gradients through sampling see no further than a voxel.
         view_stride: by how much slices are averaged for the policy and the position network.
-        schedule: the training phases, a key of ``trainers.med_danet.SCHEDULES``.
+        schedule: the training phases, a key of :data:`SCHEDULES`.
 
     Raises:
         ValueError: an empty or repeated choice, a width that cannot be executed, a negative weight.
@@ -99,6 +138,7 @@ class MedDANetOptions:
         expect(self.cost_weight >= 0, "cost_weight", "0 or more")
         expect(self.position_weight >= 0, "position_weight", "0 or more")
         expect(_is_whole_number(self.view_stride, 1), "view_stride", "a whole number above 0")
+        expect(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")
 
     @property
     def crops(self) -> tuple[int, ...]:
@@ -130,30 +170,6 @@ class Decision:
     skip_probability: float = 0.0
     crop_probability: float = 0.0
     review: bool = False
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One part of the training.
-
-    Attributes:
-        share: of all epochs.
-        learns: parts of the network whose parameters change, of :data:`PARTS`.
-        random_centres: crops are placed at random, not by the position network.
-        quantised: stages run at the widths that the selectors choose, else in full precision.
-        cost: whether the cost is part of the loss.
-    """
-
-    name: str
-    share: float
-    learns: frozenset[str]
-    random_centres: bool
-    quantised: bool
-    cost: bool
-
-
-#: The parts that a :class:`Phase` may train.
-PARTS = ("segmentation", "policy", "position", "selectors")
 
 
 def crop_size(crop: int, patch: Sequence[int], divisor: Sequence[int]) -> Size:
@@ -389,8 +405,6 @@ class MedDANetV2(nn.Module):
             for module in modules:
                 module.requires_grad_(name in phase.learns)
         self.is_quantised.fill_(phase.quantised)
-        if "position" in phase.learns and self.crop_threshold >= NEVER:
-            self.crop_threshold.fill_(0.5)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> MedDANetV2:
@@ -688,7 +702,8 @@ class MedDANetV2(nn.Module):
     def _count(self, size: Size) -> dict[str, int]:
         """Multiply-accumulates of every module, for one slice of ``size`` that is segmented whole."""
         if size not in self._counts:
-            self._counts[size] = count_operations(self, (1, self.input_channels, *size)).by_module
+            with torch.inference_mode(False):  # within it operators pass by the counter
+                self._counts[size] = count_operations(self, (1, self.input_channels, *size)).by_module
         return self._counts[size]
 
     @property
