@@ -95,8 +95,10 @@ class MedDANetOptions:
         quantise: the stages that have a selector, ``"all"`` or, as behind the paper's Table 3, ``"encoder"``.
         cost_weight: λ' of the cost, which is 1 for the whole slice in full precision, per summed class Dice. The
             paper's λ = 0.06 weighs 17 GFLOPs, so that 1.0 is its counterpart (Table 3b: 0.7 to 1.7).
-        position_weight: weight of the distance between a crop and the nearest one centred on the foreground, which
-            the paper does not have; gradients through sampling see no further than a voxel.
+        guidance: weight of two terms that the paper does not have: the cross-entropy of skipping just the slices
+            without foreground, which is the predecessor's rule (Eq. 3), and the distance between a crop and the
+            nearest one centred on the foreground. With 0 policies tend to skip everything, since that is better than
+            an untrained segmentation, and gradients through sampling see no further than a voxel.
         view_stride: by how much slices are averaged for the policy and the position network.
         schedule: the training phases, a key of :data:`SCHEDULES`.
 
@@ -108,7 +110,7 @@ class MedDANetOptions:
     bits: tuple[int, ...] = (8, 16)
     quantise: Literal["all", "encoder"] = "all"
     cost_weight: float = 1.0
-    position_weight: float = 1.0
+    guidance: float = 1.0
     view_stride: int = 2
     schedule: str = "paper"
 
@@ -136,7 +138,7 @@ class MedDANetOptions:
         )
         expect(self.quantise in ("all", "encoder"), "quantise", "'all' or 'encoder'")
         expect(self.cost_weight >= 0, "cost_weight", "0 or more")
-        expect(self.position_weight >= 0, "position_weight", "0 or more")
+        expect(self.guidance >= 0, "guidance", "0 or more")
         expect(_is_whole_number(self.view_stride, 1), "view_stride", "a whole number above 0")
         expect(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")
 
@@ -441,6 +443,7 @@ class MedDANetV2(nn.Module):
         In training mode, for every choice of the policy space, in its order:
 
         - ``logits``: a list of ``(B, num_classes, H, W)``;
+        - ``scores``: the policy's logits, ``(B, choices)``, if there is a policy network;
         - ``choice``: ``(B, choices)``, one-hot, by straight-through Gumbel-softmax while the policy learns;
         - ``corners``: of each crop size, ``(B, 2)``;
         - ``cost``: of what was chosen, relative to the whole slice in full precision, ``(B,)``.
@@ -634,9 +637,9 @@ class MedDANetV2(nn.Module):
     def _training_pass(self, x: torch.Tensor, centres: torch.Tensor | None) -> dict:
         space, patch = self.options.policy_space, tuple(x.shape[2:])
         view = self._view(x)
-        choice = x.new_ones(len(x), 1)
+        choice, outputs = x.new_ones(len(x), 1), {}
         if self.policy is not None:
-            scores = self.policy(view).float()
+            scores = outputs["scores"] = self.policy(view).float()
             if "policy" in self.phase.learns:
                 choice = F.gumbel_softmax(scores, hard=True)
             else:
@@ -673,7 +676,7 @@ class MedDANetV2(nn.Module):
             weights = (macs / unit / FULL_PRECISION).to(x.device, torch.float32)
             costs.append(torch.stack(at_width.widths, 1) @ weights + deciding / unit)
         cost = (choice * torch.stack(costs, 1)).sum(1)
-        return {"logits": logits, "choice": choice, "corners": corners, "cost": cost}
+        return outputs | {"logits": logits, "choice": choice, "corners": corners, "cost": cost}
 
     # --- costs ---
 

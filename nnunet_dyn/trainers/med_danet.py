@@ -202,7 +202,7 @@ class MedDANetTrainer(DynTrainer):
         return {"loss": loss.detach().cpu().numpy()}
 
     def total_loss(self, outputs: dict, target: torch.Tensor) -> torch.Tensor:
-        """Eq. 10 with nnU-Net's loss: of every choice, of what the policy mixes, of the cost and of the position."""
+        """Eq. 10 with nnU-Net's loss: of every choice, of what the policy mixes, of the cost, and guidance."""
         network = self.module
         options, phase = network.options, network.phase
         segmented = [
@@ -215,11 +215,13 @@ class MedDANetTrainer(DynTrainer):
                 logits * weight.view(-1, 1, 1, 1) for logits, weight in zip(outputs["logits"], weights, strict=True)
             )
             total = total + self.loss(mixed, target)
+            if "skip" in options.policy_space:
+                total = total + options.guidance * self.skip_loss(outputs["scores"], target)
         if phase.cost:
             classes = self.label_manager.num_segmentation_heads - (not self.label_manager.has_regions)
             total = total + options.cost_weight / max(1, classes) * outputs["cost"].mean()
         if network.position is not None and "position" in phase.learns:
-            total = total + options.position_weight * self.position_loss(outputs["corners"], target)
+            total = total + options.guidance * self.position_loss(outputs["corners"], target)
         return total
 
     def foreground(self, target: torch.Tensor) -> torch.Tensor:
@@ -237,6 +239,22 @@ class MedDANetTrainer(DynTrainer):
             if len(voxels) and torch.rand(()) < self.foreground_centres:
                 centres[index] = voxels[torch.randint(len(voxels), ())] + 0.5
         return centres.to(target.device)
+
+    def skip_loss(self, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of skipping the slices without foreground (Eq. 3) and no others.
+
+        Slices that have no foreground but ignored voxels tell nothing.
+        """
+        has_any, ignore = self.foreground(target).flatten(1).any(1), self.label_manager.ignore_label
+        known = torch.ones_like(has_any)
+        if ignore is not None:
+            ignored = target[:, -1].bool() if self.label_manager.has_regions else target[:, 0] == ignore
+            known = has_any | ~ignored.flatten(1).any(1)
+        skip = self.module.options.policy_space.index("skip")
+        others = [index for index in range(scores.shape[1]) if index != skip]
+        two = torch.stack([scores[:, others].logsumexp(1), scores[:, skip]], 1)
+        losses = F.cross_entropy(two, (~has_any).long(), reduction="none")
+        return (losses * known).sum() / known.sum().clamp(min=1)
 
     def position_loss(self, corners: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
         """How far crops are from those centred on the foreground's bounding box, relative to the patch."""

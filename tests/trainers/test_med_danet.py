@@ -269,6 +269,19 @@ def test_random_centres_and_the_distance_to_a_centred_crop(prepared):
     assert trainer.position_loss([at], torch.zeros(2, 1, 32, 32)) == 0
 
 
+def test_guidance_of_the_policy_by_hand(prepared):
+    scores = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.5, 0.3], [0.9, 0.05, 0.05]]))
+    target = torch.zeros(3, 1, 32, 32)
+    target[1, 0, 4, 5] = 1
+    trainer = start(prepared())
+    expected = -np.log([0.5, 0.8, 0.9]).mean()
+    assert trainer.skip_loss(scores, target).item() == pytest.approx(expected, abs=1e-5)
+    target[2, 0, 0, 0] = 2  # of a slice whose voxels are ignored nobody knows
+    trainer = prepared(kind="ignore")
+    trainer.initialize()
+    assert trainer.skip_loss(scores, target).item() == pytest.approx(-np.log([0.5, 0.8]).mean(), abs=1e-5)
+
+
 def test_resuming_in_a_phase_continues_it_exactly(prepared, tmp_path):
     name = f"{NAME}_70epochs_1iters"
     trainer = start(prepared(name), 42)
