@@ -16,6 +16,9 @@ import numpy as np
 NEVER = 2.0
 #: The policy's own choice between two; no threshold is set below it.
 _EVEN = 0.5
+#: How far a threshold lies above the probability that sets it, in logits: another batch size, device or precision
+#: gives the same slice another last digit.
+_MARGIN = 0.01
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,7 @@ class Evidence:
 
 def _lowest(values: np.ndarray, is_safe) -> float:
     """The lowest threshold that is safe; a higher one always is if a lower one is."""
-    candidates = [_EVEN, *np.unique(values[values > _EVEN]).tolist()]
+    at = np.array([_EVEN, *np.unique(values[values > _EVEN])])
+    candidates = (at / (at + (1 - at) * np.exp(-_MARGIN))).tolist()
     found = bisect_left(candidates, True, key=lambda threshold: is_safe(threshold))
     return candidates[found] if found < len(candidates) else NEVER

@@ -641,7 +641,7 @@ class MedDANetV2(nn.Module):
         if self.policy is not None:
             scores = outputs["scores"] = self.policy(view).float()
             if "policy" in self.phase.learns:
-                choice = F.gumbel_softmax(scores, hard=True)
+                choice = straight_through(F.gumbel_softmax(scores))
             else:
                 choice = F.one_hot(scores.argmax(1), len(space)).to(scores.dtype)
         place = None
@@ -866,6 +866,87 @@ class ModifiedUNet(nn.Module):
     def initialize(module: nn.Module) -> None:
         """He initialisation as in nnU-Net."""
         InitWeights_He(1e-2)(module)
+
+
+class TransBTS2D(ModifiedUNet):
+    """The same U-Net with transformer layers on its lowest resolution, after Wang et al. 2021, "TransBTS".
+
+    Positions are encoded by a depthwise convolution, so that crops and whole slices of any size can be segmented.
+
+    Args:
+        embedding: width of the transformer.
+        layers, heads: of the transformer; the hidden layers are four times as wide.
+        unet: arguments of :class:`ModifiedUNet`.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        strides: Sequence[Sequence[int]],
+        conv_op: type[_ConvNd] = nn.Conv2d,
+        norm_op: type[nn.Module] = nn.InstanceNorm2d,
+        norm_op_kwargs: dict | None = None,
+        nonlin: type[nn.Module] = nn.LeakyReLU,
+        nonlin_kwargs: dict | None = None,
+        embedding: int = 256,
+        layers: int = 4,
+        heads: int = 8,
+        deep_supervision: bool = False,
+        **unet,
+    ):
+        planned = (strides, conv_op, norm_op, norm_op_kwargs, nonlin, nonlin_kwargs)
+        super().__init__(input_channels, num_classes, *planned, deep_supervision=deep_supervision, **unet)
+        self.embedding, self.layers, self.heads = embedding, layers, heads
+        transformer = _Transformer(self.encoder.output_channels[-1], embedding, layers, heads)
+        self.encoder.stages[-1].append(transformer)
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
+        tokens = prod(
+            size // prod(axis) for size, axis in zip(input_size, zip(*self.encoder.strides, strict=True), strict=True)
+        )
+        kept = kept_maps(16, self.embedding, (tokens,)) + kept_maps(2, self.heads, (tokens, tokens))
+        return super().compute_conv_feature_map_size(input_size) + self.layers * kept
+
+
+class _Transformer(nn.Module):
+    """``(B, C, H, W)`` → the same shape: each position attends to all others."""
+
+    def __init__(self, channels: int, embedding: int, layers: int, heads: int):
+        super().__init__()
+        self.embed = nn.Conv2d(channels, embedding, 3, padding=1)
+        self.positions = nn.Conv2d(embedding, embedding, 3, padding=1, groups=embedding)
+        self.layers = nn.Sequential(*(_TransformerLayer(embedding, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(embedding)
+        self.project = nn.Conv2d(embedding, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        x = x + self.positions(x)
+        tokens = self.norm(self.layers(x.flatten(2).transpose(1, 2)))
+        return self.project(tokens.transpose(1, 2).reshape(x.shape))
+
+
+class _TransformerLayer(nn.Module):
+    """Attention and two linear layers, each behind a normalisation and beside a shortcut: ``(B, N, C)``.
+
+    Plain matrix products, of which the linear layers can be quantised and all be counted.
+    """
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_hidden = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.query_key_value, self.merge = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        self.hidden = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, channels = x.shape
+        split = self.query_key_value(self.norm_attention(x)).view(batch, tokens, 3, self.heads, channels // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        weights = torch.softmax(query @ key.transpose(2, 3) * (channels // self.heads) ** -0.5, 3)
+        x = x + self.merge((weights @ value).transpose(1, 2).reshape(batch, tokens, channels))
+        return x + self.hidden(self.norm_hidden(x))
 
 
 class ResidualBlock(nn.Sequential):

@@ -37,6 +37,9 @@ ABLATIONS = {
 #: Logged once an epoch, from validation. ``gmacs`` are 10⁹ multiply-accumulates a slice, each times its bits / 32.
 COSTS = ("skipped", "cropped", "whole", "gmacs", "bits")
 
+#: Which parameters get a gradient depends on the slices of each process; validation runs a different number of them.
+DISTRIBUTED = {"find_unused_parameters": True, "broadcast_buffers": False}
+
 
 def build_med_danet(
     plans_manager: PlansManager,
@@ -169,9 +172,7 @@ class MedDANetTrainer(DynTrainer):
             module = self.module
             module.enter(phase)
             if self.is_ddp:  # which parameters get a gradient has changed, and it depends on the data besides
-                self.network = DistributedDataParallel(
-                    module, device_ids=[self.local_rank], find_unused_parameters=True, broadcast_buffers=False
-                )
+                self.network = DistributedDataParallel(module, device_ids=[self.local_rank], **DISTRIBUTED)
         for group in self.optimizer.param_groups:
             if group["part"] not in phase.learns:
                 group["lr"] = 0.0
@@ -187,7 +188,7 @@ class MedDANetTrainer(DynTrainer):
         target = batch["target"].to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
         centres = self.random_centres(target) if self.module.phase.random_centres else None
-        with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
+        with self._autocast():
             loss = self.total_loss(self.network(data, centres), target)
         scaler = self.grad_scaler
         (loss if scaler is None else scaler.scale(loss)).backward()
@@ -200,6 +201,9 @@ class MedDANetTrainer(DynTrainer):
             scaler.step(self.optimizer)
             scaler.update()
         return {"loss": loss.detach().cpu().numpy()}
+
+    def _autocast(self):
+        return torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context()
 
     def total_loss(self, outputs: dict, target: torch.Tensor) -> torch.Tensor:
         """Eq. 10 with nnU-Net's loss: of every choice, of what the policy mixes, of the cost, and guidance."""
@@ -341,8 +345,9 @@ class MedDANetTrainer(DynTrainer):
         evidence, found = Evidence(), [None]
         if self.local_rank == 0:
             dataset = self.dataset_class(self.preprocessed_dataset_folder, keys)
-            for key in dataset.identifiers:
-                self._observe(evidence, key, *dataset.load_case(key)[:2])
+            with self._autocast():
+                for key in dataset.identifiers:
+                    self._observe(evidence, key, *dataset.load_case(key)[:2])
             found[0] = evidence.calibrate(
                 len(keys), self.min_coverage, self.min_component, "whole" not in network.options.policy_space
             )

@@ -18,6 +18,7 @@ from nnunet_dyn.architectures.med_danet import (
     MedDANetV2,
     ModifiedUNet,
     Phase,
+    TransBTS2D,
     crop_at,
     crop_size,
     image_gradient,
@@ -37,6 +38,9 @@ def build(channels=2, classes=3, backbone="modified", seed=0, **options) -> MedD
     if backbone == "modified":
         kwargs = {"strides": planned["strides"], "base_features": 8, "blocks": (1, 1, 1)}
         network = MedDANetV2(channels, classes, ModifiedUNet, options, **kwargs)
+    elif backbone == "transbts":
+        kwargs = {"strides": planned["strides"], "base_features": 8, "blocks": (1, 1, 1), "embedding": 16, "layers": 2}
+        network = MedDANetV2(channels, classes, TransBTS2D, options, **kwargs)
     elif backbone == "plain":
         network = MedDANetV2(channels, classes, PlainConvUNet, options, **planned, n_conv_per_stage=[2] * 3)
     elif backbone == "residual":
@@ -126,12 +130,15 @@ def test_gradient_of_an_image_by_hand():
 # --- decide and execute -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backbone", ["modified", "plain", "residual", "efficient"])
+@pytest.mark.parametrize("backbone", ["modified", "transbts", "plain", "residual", "efficient"])
 def test_whole_in_full_precision_is_the_plain_network(backbone):
     network = build(backbone=backbone)
     planned = arch_kwargs(2, n_stages=3, features=(8, 12, 16))
     if backbone == "modified":
         plain = ModifiedUNet(2, 3, planned["strides"], base_features=8, blocks=(1, 1, 1))
+    elif backbone == "transbts":
+        kwargs = {"base_features": 8, "blocks": (1, 1, 1), "embedding": 16, "layers": 2}
+        plain = TransBTS2D(2, 3, planned["strides"], **kwargs)
     elif backbone == "plain":
         plain = PlainConvUNet(2, num_classes=3, n_conv_per_stage=[2] * 3, **planned)
     elif backbone == "residual":
@@ -349,6 +356,15 @@ def test_the_papers_network_costs_what_the_paper_says():
     assert deciding < 0.05 * full
     # A crop of 96 out of 256: 14 % of the voxels, and the last stage at full size.
     assert sum(network.stage_macs((256, 256), (96, 96))) < 0.25 * full
+
+
+def test_transbts_costs_what_table_3e_says_relative_to_the_unet():
+    strides = [[1, 1]] + [[2, 2]] * 3
+    macs = {
+        network: count_operations(network(4, 4, strides), (1, 4, 128, 128)).total
+        for network in (ModifiedUNet, TransBTS2D)
+    }
+    assert macs[TransBTS2D] / macs[ModifiedUNet] == pytest.approx(37.73 / 17.07, rel=0.1)
 
 
 # --- training ---------------------------------------------------------------------------------------------------
