@@ -173,6 +173,16 @@ class Decision:
     crop_probability: float = 0.0
     review: bool = False
 
+    def mirrored(self, axes: Sequence[int], size: Size) -> Decision:
+        """The same decision for the slice of ``size`` voxels flipped along ``axes``, 0 for rows and 1 for columns."""
+        if self.box is None:
+            return self
+        box = tuple(
+            (size[axis] - stop, size[axis] - start) if axis in axes else (start, stop)
+            for axis, (start, stop) in enumerate(self.box)
+        )
+        return replace(self, box=box)
+
 
 def crop_size(crop: int, patch: Sequence[int], divisor: Sequence[int]) -> Size:
     """The size of a crop of ``crop`` voxels in a slice of ``patch`` voxels.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import accumulate, combinations
 from pathlib import Path
@@ -391,10 +391,7 @@ class MedDANetTrainer(DynTrainer):
             for index, (decision, box) in enumerate(zip(decisions, boxes, strict=True)):
                 skip, crop, shared = result[index]
                 if box is not None:
-                    box = [
-                        (patch[axis] - stop, patch[axis] - start) if axis in axes else (start, stop)
-                        for axis, (start, stop) in enumerate(box)
-                    ]
+                    box = replace(decision, box=box).mirrored(axes, patch).box
                     shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(shared, box, strict=True))
                 result[index] = (
                     max(skip, decision.skip_probability),

@@ -193,6 +193,20 @@ def test_a_batch_is_its_slices_one_by_one():
     assert torch.equal(again, together)
 
 
+def test_one_decision_serves_all_flips():
+    network = build()
+    x = torch.randn(1, 2, *PATCH)
+    decision = crop(8, 12, (32,) * 5)
+    for axes in ((0,), (1,), (0, 1)):
+        flipped = decision.mirrored(axes, PATCH)
+        dims = [axis + 2 for axis in axes]
+        (r0, r1), (c0, c1) = flipped.box
+        assert torch.equal(x.flip(dims)[..., r0:r1, c0:c1].flip(dims), x[..., 8:40, 12:44])
+        assert flipped.mirrored(axes, PATCH) == decision
+        assert network.execute(x.flip(dims), [flipped])[1][0].cost == network.execute(x, [decision])[1][0].cost
+    assert Decision("whole").mirrored((0, 1), PATCH) == Decision("whole")
+
+
 def test_a_crop_sees_its_box_and_nothing_else():
     network = build()
     x = torch.randn(1, 2, *PATCH)
