@@ -12,6 +12,7 @@ CONTRACT = [
     *(f"nnUNetTrainer{decoder}B{index}" for decoder in ("Eff", "FullyEff") for index in range(8)),
     *(f"nnUNetTrainer{decoder}V2{size}" for decoder in ("Eff", "FullyEff") for size in "SML"),
     "nnUNetTrainerFullyEffGeneric",
+    *(f"nnUNetTrainerMedDANetV2{ablation}" for ablation in ("", "SpatialOnly", "QuantOnly")),
 ]
 
 
@@ -20,7 +21,7 @@ def get(name):
 
 
 def test_every_promised_name_exists():
-    assert len(CONTRACT) == 23 and set(CONTRACT) <= set(trainer_names())
+    assert len(CONTRACT) == 26 and set(CONTRACT) <= set(trainer_names())
     assert {name.removesuffix("_ImageNet") for name in trainer_names()} == set(CONTRACT)
     assert all("__" not in name for name in trainer_names())  # nnU-Net splits result folders there
 
