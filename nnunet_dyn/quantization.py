@@ -38,8 +38,8 @@ class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, r, per_sample):
         wide = x.float()  # half precision has not enough digits for 16 bits
-        a = wide.abs()
-        a = a.amax(tuple(range(1, x.ndim)), keepdim=True) if per_sample else a.amax()
+        axes = tuple(range(int(per_sample), x.ndim))
+        a = torch.maximum(wide.amax(axes, keepdim=True), -wide.amin(axes, keepdim=True))  # max|x| without a copy
         a = torch.where(a > 0, a, 1)
         return (wide * (r / a)).round_().mul_(a / r).to(x.dtype)
 
