@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 DEFAULT_SOURCE, DEFAULT_OUTPUT = "nnUNetPlans", "nnUNetDynPlans"
 
+
+class _DoesNotFit(UsageError):
+    """A template cannot be planned for a configuration."""
+
+
 # What is read of plans beside their configurations.
 _NEEDED = ("dataset_name", "plans_name", "experiment_planner_used", "original_median_shape_after_transp")
 # Entries of a configuration that leave its plan as it is.
@@ -41,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Derive the configurations and write them. Nothing is written unless all of them could be planned."""
+    """Derive the configurations and write them. Nothing is written unless all that were named could be planned."""
     if args.gpu_memory_target is not None and not 0 < args.gpu_memory_target < math.inf:
         raise UsageError(f"-gpu_memory_target got {args.gpu_memory_target}; expected gigabytes, more than 0.")
     if args.o == args.p or "__" in args.o or os.sep in args.o or not args.o:
@@ -69,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     bases = source_configurations(source)
     wanted = [(template, _fitting(template, bases, args.c, skip=not args.t)) for template in templates]
     wanted = [(template, fitting) for template, fitting in wanted if fitting]
+    if not wanted:
+        raise UsageError(f"{args.p} has no configuration with one of nnU-Net's U-Nets; nothing to derive from.")
     names = {f"{base}_{template.name}" for template, fitting in wanted for base in fitting}
     if not args.overwrite and (existing := sorted(names & set(plans["configurations"]))):
         raise UsageError(
@@ -78,12 +85,19 @@ def run(args: argparse.Namespace) -> int:
     if manager.experiment_planner_class is None:
         _progress(f"nnU-Net has no planner {manager.experiment_planner_name}, which made the plans; using its default.")
     added: dict[str, dict] = {}
+    trainers: list[str | None] = []
     for number, (template, fitting) in enumerate(wanted, 1):
         _progress(f"[{number}/{len(wanted)}] {template.name}: {', '.join(fitting)}")
-        added |= _derive(template, manager, fitting, args.o, args.gpu_memory_target)
+        try:
+            added |= _derive(template, manager, fitting, args.o, args.gpu_memory_target)
+            trainers.append(template.trainer)
+        except _DoesNotFit as error:
+            if args.t or (number == len(wanted) and not added):
+                raise
+            _progress(f"Left out: {error}")  # nobody asked for this one
     plans["configurations"] |= added
     _write(plans, output)
-    _report(added, plans, output, f"nnUNetv2_train {args.d} {next(iter(added))} 0 -p {args.o}", templates[0].trainer)
+    _report(added, plans, output, f"nnUNetv2_train {args.d} {next(iter(added))} 0 -p {args.o}", trainers[0])
     return 0
 
 
@@ -227,7 +241,7 @@ def _derive(
             try:
                 configuration = derive_configuration(planner, plans, base, cache)
             except (ValueError, TypeError) as error:
-                raise UsageError(f"Template {template.name} does not fit {base}: {error}") from error
+                raise _DoesNotFit(f"Template {template.name} does not fit {base}: {error}") from error
         for link in ("previous_stage", "next_stage"):
             linked = plans.get_configuration(base).configuration.get(link)
             if link not in template.configuration and linked in bases:

@@ -13,6 +13,7 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+import nnunet_dyn.trainers
 from nnunet_dyn import cli
 from nnunet_dyn.architectures.efficient_unet import EfficientUNet, GenericUNet
 from nnunet_dyn.planning import network_planner
@@ -343,3 +344,27 @@ def test_without_a_template_every_one_that_fits_is_planned(dataset, monkeypatch)
     assert plan("-o", "nnUNetOtherPlans") == 0
     names = set(read(folder, "nnUNetOtherPlans").available_configurations)
     assert names >= {"2d_ddconv", "2d_magic1x", "3d_fullres_magic1x"} and "3d_fullres_ddconv" not in names
+
+
+def test_a_method_with_its_own_procedure(dataset, capsys):
+    folder = dataset((20, 250, 240), (5.0, 1.0, 1.0))
+    assert plan("-t", "meddanetv2") == 0
+    assert "its own trainer:" in (printed := capsys.readouterr().out)
+    assert "2d_meddanetv2 0 -p nnUNetDynPlans -tr nnUNetTrainerMedDANetV2" in printed
+    plans = read(folder)
+    derived = plans.get_configuration("2d_meddanetv2")
+    assert "3d_fullres_meddanetv2" not in plans.available_configurations
+    with pytest.raises(ValueError, match=r"Train with -tr nnUNetTrainerMedDANetV2\."):
+        nnUNetTrainer.build_network_architecture(plans, derived, 1, 3, True)
+    network = nnunet_dyn.trainers.nnUNetTrainerMedDANetV2.build_network_architecture(plans, derived, 1, 3, True)
+    assert network.options.crops == (96,) and derived.batch_size >= 2
+
+
+def test_templates_that_do_not_fit_are_left_out_unless_named(dataset, capsys, monkeypatch):
+    folder = dataset((40, 56, 40))
+    assert plan("-t", "meddanetv2") == 2
+    assert re.search(r"does not fit 2d: .* crop of 96 voxels is larger than the patch", capsys.readouterr().err)
+    monkeypatch.setattr("nnunet_dyn.plan.template_names", lambda: ["effb0", "meddanetv2"])
+    assert plan("-c", "2d") == 0
+    assert "Left out: Template meddanetv2 does not fit 2d" in capsys.readouterr().err
+    assert "2d_effb0" in read(folder).available_configurations

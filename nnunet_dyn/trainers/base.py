@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pydoc import locate
 from typing import ClassVar
 
 import torch
@@ -28,10 +29,17 @@ def build_from_plans(
     """Build ``template``'s network for a configuration that was planned for one of nnU-Net's U-Nets.
 
     Raises:
-        ValueError: the configuration's architecture is not one that ``template`` can start from, or its patch does
-            not fit the strides.
+        ValueError: the configuration's architecture is not one that ``template`` can start from, or needs a trainer
+            of its own, or its patch does not fit the strides.
     """
-    architecture = derived_architecture(template, configuration_manager.configuration["architecture"])
+    planned = configuration_manager.configuration["architecture"]
+    needed = getattr(locate(planned["network_class_name"]), "trainer", None)
+    if needed is not None:
+        raise ValueError(
+            f"{plans_manager.plans_name}: got the trainer of template {template.name} for a configuration of "
+            f"{planned['network_class_name']}; expected the one that knows its procedure. Train with -tr {needed}."
+        )
+    architecture = derived_architecture(template, planned)
     if strides := architecture["arch_kwargs"].get("strides"):
         strides = [[s] * len(configuration_manager.patch_size) if isinstance(s, int) else s for s in strides]
         check_patch_size(configuration_manager.patch_size, strides, plans_manager.plans_name)

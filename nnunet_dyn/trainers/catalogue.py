@@ -22,9 +22,12 @@ _DYNAMIC = tuple(
     f"nnUNetTrainer{method}"
     for method in ("MAGIC1x", "MAGIC2x", "MAGIC4x", "DYConv4x", "CondConv8x", "ODConv4x", "DCD", "DDConv")
 )
+_ABLATIONS = ("SpatialOnly", "QuantOnly")
+_MED_DANET = tuple(f"nnUNetTrainerMedDANetV2{ablation}" for ablation in ("", *_ABLATIONS))
 FAMILIES: dict[str, tuple[str, ...]] = {
     "nnunet_dyn.trainers.efficient_unet": _EFFICIENT,
     "nnunet_dyn.trainers.dynamic_convs": _DYNAMIC,
+    "nnunet_dyn.trainers.med_danet": _MED_DANET,
 }
 
 # nnU-Net's own trainer gets lengths too, so that a baseline can be trained exactly as long.
@@ -42,7 +45,9 @@ def trainer_names() -> list[str]:
 
 def template_name(name: str) -> str:
     """The plans template whose network the trainer called ``name``, a base name, trains."""
-    return name.removeprefix(STOCK).removesuffix("_ImageNet").lower()
+    for variant in ("_ImageNet", *_ABLATIONS):
+        name = name.removesuffix(variant)
+    return name.removeprefix(STOCK).lower()
 
 
 def suggest(name: str) -> list[str]:

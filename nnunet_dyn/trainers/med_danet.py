@@ -1,0 +1,452 @@
+"""Trainers for Med-DANet V2. Network, options and phases: ``architectures/med_danet.py``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import accumulate, combinations
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from scipy import ndimage
+from torch import distributed as dist
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_dyn.architectures.med_danet import PARTS, SCHEDULES, Decision, MedDANetV2, Phase, crop_size
+from nnunet_dyn.planning import build_network, derived_architecture
+from nnunet_dyn.plans_templates import load_template
+from nnunet_dyn.safety import NEVER, Calibration, Evidence
+from nnunet_dyn.trainers.base import DynTrainer
+
+#: What each trainer changes in the options of the plans: the rows of Table 3a.
+ABLATIONS = {
+    "nnUNetTrainerMedDANetV2": {},
+    "nnUNetTrainerMedDANetV2SpatialOnly": {"bits": [32]},
+    "nnUNetTrainerMedDANetV2QuantOnly": {"policy_space": ["whole"]},
+}
+
+#: Logged once an epoch, from validation. ``gmacs`` are 10⁹ multiply-accumulates a slice, each times its bits / 32.
+COSTS = ("skipped", "cropped", "whole", "gmacs", "bits")
+
+#: Which parameters get a gradient depends on the slices of each process; validation runs a different number of them.
+DISTRIBUTED = {"find_unused_parameters": True, "broadcast_buffers": False}
+
+
+def build_med_danet(
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    num_input_channels: int,
+    num_output_channels: int,
+    enable_deep_supervision: bool = True,
+    *,
+    options: dict,
+) -> MedDANetV2:
+    """Build the network that the configuration names, or for a planned U-Net that of the template ``meddanetv2``.
+
+    The method has no deep supervision: a crop has no target at lower resolutions.
+
+    Args:
+        options: fields of :class:`~nnunet_dyn.architectures.med_danet.MedDANetOptions` that take the plans' place.
+
+    Raises:
+        ValueError: a 3D configuration, or options that do not fit it.
+    """
+    patch = tuple(configuration_manager.patch_size)
+    if len(patch) != 2:
+        raise ValueError(
+            f"Med-DANet V2 got a configuration with patches of {patch} voxels; expected a 2D one, since it decides "
+            "slice by slice. Train the configuration 2d."
+        )
+    architecture, template = configuration_manager.configuration["architecture"], load_template("meddanetv2")
+    if architecture["network_class_name"] != template.network_class_name:
+        architecture = derived_architecture(template, architecture)
+    kwargs = architecture["arch_kwargs"]
+    kwargs = kwargs | {"med_danet": kwargs.get("med_danet", {}) | options}
+    network = build_network(architecture | {"arch_kwargs": kwargs}, num_input_channels, num_output_channels)
+    network.check_patch(patch)
+    return network
+
+
+class WarmUpPolyLR(PolyLRScheduler):
+    """nnU-Net's polynomial decay, with a linear rise over the first twentieth of the training."""
+
+    def step(self, current_step: int | None = None) -> None:
+        super().step(current_step)
+        step = self.ctr - 1 if current_step in (None, -1) else current_step
+        for group in self.optimizer.param_groups:
+            group["lr"] *= min(1, (step + 1) / max(1, self.max_steps // 20))
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+class MedDANetTrainer(DynTrainer):
+    """Trains Med-DANet V2 in phases, then sets when it may skip and crop on the validation cases.
+
+    Attributes:
+        min_coverage: share of the voxels of every class that must lie where the network looks.
+        min_component: components of this many voxels or more must not be left out whole.
+    """
+
+    min_coverage: ClassVar[float] = 0.995
+    min_component: ClassVar[int] = 10
+    #: Share of random crops that are placed on a foreground voxel, where there is one.
+    foreground_centres: ClassVar[float] = 2 / 3
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net reads this signature
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.enable_deep_supervision = False
+        self.initial_lr = 2e-4
+        self.weight_decay = 1e-5
+
+    # --- set-up ---
+
+    @property
+    def module(self) -> MedDANetV2:
+        return self.network.module if self.is_ddp else self.network
+
+    def initialize(self) -> None:
+        super().initialize()
+        self.module.set_regions(self.label_manager.has_regions)
+        self._register_costs()
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        super().load_checkpoint(filename_or_checkpoint)
+        self._register_costs()
+
+    def _register_costs(self) -> None:
+        """nnU-Net's log wants every key from the first epoch on."""
+        log = self.logger.local_logger.my_fantastic_logging
+        for key in COSTS:
+            log.setdefault(key, [None] * self.current_epoch)
+
+    def _do_i_compile(self) -> bool:
+        return False  # which parts run depends on the data
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """There is none."""
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmUpPolyLR]:
+        """Adam with one group a part, the same over all phases, so that a checkpoint fits whatever phase it is from."""
+        parts = self.module.parts() if isinstance(self.network, DistributedDataParallel) else self.network.parts()
+        groups = [
+            {"params": [p for module in parts[name] for p in module.parameters()], "part": name}
+            for name in PARTS
+            if name in parts
+        ]
+        optimizer = torch.optim.Adam(groups, self.initial_lr, weight_decay=self.weight_decay)
+        return optimizer, WarmUpPolyLR(optimizer, self.initial_lr, self.num_epochs)
+
+    # --- phases ---
+
+    @property
+    def schedule(self) -> tuple[Phase, ...]:
+        """The phases in which something learns that this network has."""
+        parts = self.module.parts()
+        return tuple(phase for phase in SCHEDULES[self.module.options.schedule] if phase.learns & set(parts))
+
+    def phase_index(self, epoch: int) -> int:
+        """Which phase ``epoch`` belongs to; the last one has one epoch at least."""
+        ends = [int(end * self.num_epochs) for end in accumulate(phase.share for phase in self.schedule)]
+        return min(sum(epoch >= end for end in ends), len(ends) - 1)
+
+    def enter_phase(self) -> None:
+        """Prepare network and optimiser for the current epoch; run anew it changes nothing."""
+        phase = self.schedule[self.phase_index(self.current_epoch)]
+        if self.module.phase is not phase:
+            self.print_to_log_file(f"Phase '{phase.name}': {', '.join(sorted(phase.learns))} learn.")
+            module = self.module
+            module.enter(phase)
+            if self.is_ddp:  # which parameters get a gradient has changed, and it depends on the data besides
+                self.network = DistributedDataParallel(module, device_ids=[self.local_rank], **DISTRIBUTED)
+        for group in self.optimizer.param_groups:
+            if group["part"] not in phase.learns:
+                group["lr"] = 0.0
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.enter_phase()
+
+    # --- training ---
+
+    def train_step(self, batch: dict) -> dict:
+        data = batch["data"].to(self.device, non_blocking=True)
+        target = batch["target"].to(self.device, non_blocking=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        centres = self.random_centres(target) if self.module.phase.random_centres else None
+        with self._autocast():
+            loss = self.total_loss(self.network(data, centres), target)
+        scaler = self.grad_scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
+        return {"loss": loss.detach().cpu().numpy()}
+
+    def _autocast(self):
+        return torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context()
+
+    def total_loss(self, outputs: dict, target: torch.Tensor) -> torch.Tensor:
+        """Eq. 10 with nnU-Net's loss: of every choice, of what the policy mixes, of the cost, and guidance."""
+        network = self.module
+        options, phase = network.options, network.phase
+        segmented = [
+            logits for choice, logits in zip(options.policy_space, outputs["logits"], strict=True) if choice != "skip"
+        ]
+        total = sum(self.loss(logits, target) for logits in segmented) / len(segmented)
+        if network.policy is not None and "policy" in phase.learns:
+            weights = outputs["choice"].unbind(1)
+            mixed = sum(
+                logits * weight.view(-1, 1, 1, 1) for logits, weight in zip(outputs["logits"], weights, strict=True)
+            )
+            total = total + self.loss(mixed, target)
+            if "skip" in options.policy_space:
+                total = total + options.guidance * self.skip_loss(outputs["scores"], target)
+        if phase.cost:
+            classes = self.label_manager.num_segmentation_heads - (not self.label_manager.has_regions)
+            total = total + options.cost_weight / max(1, classes) * outputs["cost"].mean()
+        if network.position is not None and "position" in phase.learns:
+            total = total + options.guidance * self.position_loss(outputs["corners"], target)
+        return total
+
+    def foreground(self, target: torch.Tensor) -> torch.Tensor:
+        """``target: (B, 1 or regions, H, W)`` → ``(B, H, W)``, true where there is a class; ignored voxels are not."""
+        if self.label_manager.has_regions:
+            return target[:, : self.label_manager.num_segmentation_heads].bool().any(1)
+        return (target[:, 0] > 0) & (target[:, 0] != (self.label_manager.ignore_label or -1))
+
+    def random_centres(self, target: torch.Tensor) -> torch.Tensor:
+        """Where crops are placed before the position network has learned to: ``(B, 2)``, in voxels."""
+        foreground = self.foreground(target).cpu()
+        centres = torch.rand(len(target), 2) * torch.tensor(target.shape[2:])
+        for index, slice_ in enumerate(foreground):
+            voxels = slice_.nonzero()
+            if len(voxels) and torch.rand(()) < self.foreground_centres:
+                centres[index] = voxels[torch.randint(len(voxels), ())] + 0.5
+        return centres.to(target.device)
+
+    def skip_loss(self, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of skipping the slices without foreground (Eq. 3) and no others.
+
+        Slices that have no foreground but ignored voxels tell nothing.
+        """
+        has_any, ignore = self.foreground(target).flatten(1).any(1), self.label_manager.ignore_label
+        known = torch.ones_like(has_any)
+        if ignore is not None:
+            ignored = target[:, -1].bool() if self.label_manager.has_regions else target[:, 0] == ignore
+            known = has_any | ~ignored.flatten(1).any(1)
+        skip = self.module.options.policy_space.index("skip")
+        others = [index for index in range(scores.shape[1]) if index != skip]
+        two = torch.stack([scores[:, others].logsumexp(1), scores[:, skip]], 1)
+        losses = F.cross_entropy(two, (~has_any).long(), reduction="none")
+        return (losses * known).sum() / known.sum().clamp(min=1)
+
+    def position_loss(self, corners: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+        """How far crops are from those centred on the foreground's bounding box, relative to the patch."""
+        patch, network = tuple(target.shape[2:]), self.module
+        foreground = self.foreground(target)
+        has_any = foreground.flatten(1).any(1)
+        middles = []
+        for axis in (1, 2):
+            present = foreground.any(3 - axis).float()
+            first, behind = present.argmax(1), patch[axis - 1] - present.flip(1).argmax(1)
+            middles.append((first + behind) / 2)
+        middle, extent = torch.stack(middles, 1), torch.tensor(patch, device=target.device)
+        total = 0
+        for crop, corner in zip(network.options.crops, corners, strict=True):
+            size = torch.tensor(crop_size(crop, patch, network.divisor), device=target.device)
+            wanted = torch.minimum((middle - size / 2).clamp(min=0), extent - size)
+            distance = F.smooth_l1_loss(corner / extent, wanted / extent, reduction="none", beta=0.05).mean(1)
+            total = total + (distance * has_any).sum() / has_any.sum().clamp(min=1)
+        return total / len(corners)
+
+    # --- validation ---
+
+    def on_validation_epoch_start(self) -> None:
+        """Until it is calibrated, the network never skips or crops, but for here, where it shows what it would do."""
+        super().on_validation_epoch_start()
+        network = self.module
+        learned = set().union(*(p.learns for p in self.schedule[: self.phase_index(self.current_epoch) + 1]))
+        if "policy" in learned:
+            network.skip_threshold.fill_(0.5)
+            network.crop_threshold.fill_(0.5 if "position" in learned else NEVER)
+        network.decisions = []
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        super().on_validation_epoch_end(val_outputs)
+        network = self.module
+        decisions, network.decisions = network.decisions, None
+        network.skip_threshold.fill_(NEVER)
+        network.crop_threshold.fill_(NEVER)
+        if self.is_ddp:
+            gathered: list = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, decisions)
+            decisions = [decision for part in gathered for decision in part]
+        for key, value in mean_costs(decisions, network.n_stages).items():
+            self.logger.log(key, value, self.current_epoch)
+
+    def on_epoch_end(self) -> None:
+        shares = [f"{100 * self.logger.get_value(key, step=-1):.1f} % {key}" for key in COSTS[:3]]
+        bits = ", ".join(f"{value:.1f}" for value in self.logger.get_value("bits", step=-1))
+        self.print_to_log_file(
+            f"Slices: {', '.join(shares)}; {self.logger.get_value('gmacs', step=-1):.3f} GMACs each (times bits / 32); "
+            f"bits per stage: {bits}"
+        )
+        super().on_epoch_end()
+        if self.local_rank == 0:
+            plot_costs(self.logger.local_logger.my_fantastic_logging, Path(self.output_folder, "costs.png"))
+
+    # --- calibration ---
+
+    def on_train_end(self) -> None:
+        calibration = self.calibrate()
+        if calibration is not None:
+            self.print_to_log_file(calibration)
+            if self.fold == "all":
+                self.print_to_log_file("Fold all has no cases of its own for this: expect less on new ones.")
+            if self.local_rank == 0:
+                text = json.dumps(asdict(calibration), indent=1)
+                Path(self.output_folder, "calibration.json").write_text(text, encoding="utf-8")
+        super().on_train_end()
+
+    @torch.no_grad()
+    def calibrate(self) -> Calibration | None:
+        """Set the network's thresholds on the validation cases, as ``nnUNetv2_predict`` would tile and mirror them.
+
+        Returns:
+            What was found, or ``None`` for a network that neither skips nor crops.
+        """
+        network = self.module
+        if network.policy is None and network.position is None:
+            return None
+        network.eval()
+        network.skip_threshold.fill_(NEVER)
+        network.crop_threshold.fill_(NEVER)
+        _, keys = self.do_split()
+        evidence, found = Evidence(), [None]
+        if self.local_rank == 0:
+            dataset = self.dataset_class(self.preprocessed_dataset_folder, keys)
+            with self._autocast():
+                for key in dataset.identifiers:
+                    self._observe(evidence, key, *dataset.load_case(key)[:2])
+            found[0] = evidence.calibrate(
+                len(keys), self.min_coverage, self.min_component, "whole" not in network.options.policy_space
+            )
+        if self.is_ddp:
+            dist.broadcast_object_list(found)
+        network.skip_threshold.fill_(found[0].skip_threshold)
+        network.crop_threshold.fill_(found[0].crop_threshold)
+        return found[0]
+
+    def _observe(self, evidence: Evidence, case: str, data, segmentation) -> None:
+        """Add every tile of a case, ``data: (C, Z, H, W)`` and ``segmentation: (1, Z, H, W)``."""
+        patch = tuple(self.configuration_manager.patch_size)
+        data = pad_nd_image(torch.from_numpy(np.asarray(data[:])), patch, "constant", {"value": 0})
+        labels = pad_nd_image(np.asarray(segmentation[0]), patch, "constant", {"constant_values": 0})
+        classes = self.label_manager.foreground_regions if self.label_manager.has_regions else None
+        components = {}
+        for label in classes or self.label_manager.foreground_labels:
+            components[str(label)], _ = ndimage.label(np.isin(labels, label), np.ones((3, 3, 3)))
+        steps = compute_steps_for_sliding_window(data.shape[2:], patch, 0.5)
+        batch = max(1, self.batch_size)
+        for row in steps[0]:
+            for column in steps[1]:
+                window = (slice(row, row + patch[0]), slice(column, column + patch[1]))
+                for start in range(0, data.shape[1], batch):
+                    tiles = data[(slice(None), slice(start, start + batch), *window)].transpose(0, 1)
+                    seen = self._probe_mirrored(tiles.to(self.device, torch.float32))
+                    for index, (skip, crop, inside) in enumerate(seen):
+                        parts = []
+                        for label, numbered in components.items():
+                            tile = numbered[(start + index, *window)]
+                            parts += [(label, *part) for part in _parts(tile, inside)]
+                        evidence.add(skip, crop, case, parts)
+
+    def _probe_mirrored(self, tiles: torch.Tensor) -> list[tuple[float, float, tuple[slice, slice]]]:
+        """For each tile the highest probabilities, and the box that the crops of all mirrored passes share."""
+        patch = tiles.shape[2:]
+        allowed = self.inference_allowed_mirroring_axes or ()
+        result = [(0.0, 0.0, tuple((0, size) for size in patch))] * len(tiles)
+        for axes in (axes for count in range(len(allowed) + 1) for axes in combinations(allowed, count)):
+            decisions, boxes = self.module.probe(tiles.flip([axis + 2 for axis in axes]) if axes else tiles)
+            for index, (decision, box) in enumerate(zip(decisions, boxes, strict=True)):
+                skip, crop, shared = result[index]
+                if box is not None:
+                    box = replace(decision, box=box).mirrored(axes, patch).box
+                    shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(shared, box, strict=True))
+                result[index] = (
+                    max(skip, decision.skip_probability),
+                    max(crop, decision.crop_probability),
+                    shared,
+                )
+        return [
+            (skip, crop, tuple(slice(start, max(start, stop)) for start, stop in box)) for skip, crop, box in result
+        ]
+
+
+def _parts(numbered: np.ndarray, inside: tuple[slice, slice]) -> list[tuple[int, int, int]]:
+    """Number, voxels and voxels outside of ``inside`` of each component in a slice of numbered components."""
+    if not numbered.any():
+        return []
+    voxels = np.bincount(numbered.ravel())
+    outside = voxels - np.bincount(numbered[inside].ravel(), minlength=len(voxels))
+    return [(number, int(voxels[number]), int(outside[number])) for number in np.flatnonzero(voxels) if number]
+
+
+def mean_costs(decisions: list[Decision], n_stages: int) -> dict[str, float | list[float]]:
+    """:data:`COSTS` of ``decisions``; bits are means over the slices that were segmented, 0 where none was."""
+    actions = [decision.action for decision in decisions]
+    bits = [decision.bits for decision in decisions if decision.bits] or [(0,) * n_stages]
+    return {
+        "skipped": actions.count("skip") / len(actions),
+        "cropped": actions.count("crop") / len(actions),
+        "whole": actions.count("whole") / len(actions),
+        "gmacs": sum(decision.cost for decision in decisions) / len(decisions) / 1e9,
+        "bits": [sum(stage) / len(bits) for stage in zip(*bits, strict=True)],
+    }
+
+
+def plot_costs(log: dict[str, list], path: Path) -> None:
+    """Draw :data:`COSTS` over the epochs, the neighbour of nnU-Net's ``progress.png``."""
+    import matplotlib.pyplot as plt
+
+    epochs = [epoch for epoch, value in enumerate(log["gmacs"]) if value is not None]
+    figure, (shares, cost, bits) = plt.subplots(3, 1, figsize=(10, 14), sharex=True)
+    for key in COSTS[:3]:
+        shares.plot(epochs, [log[key][epoch] for epoch in epochs], label=key)
+    shares.set(ylabel="share of slices", ylim=(-0.02, 1.02))
+    cost.plot(epochs, [log["gmacs"][epoch] for epoch in epochs])
+    cost.set(ylabel="GMACs per slice, times bits / 32")
+    for stage, values in enumerate(zip(*(log["bits"][epoch] for epoch in epochs), strict=True)):
+        bits.plot(epochs, values, label=f"stage {stage}")
+    bits.set(ylabel="mean bits", xlabel="epoch")
+    shares.legend()
+    bits.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def make_trainer(name: str) -> tuple[type, dict]:
+    """The base class and the members of the trainer called ``name``, a name of this family in the catalogue."""
+    build = partial(build_med_danet, options=ABLATIONS[name])
+    return MedDANetTrainer, {"build_network_architecture": staticmethod(build)}

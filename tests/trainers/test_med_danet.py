@@ -1,0 +1,384 @@
+"""Med-DANet V2's trainers: what they build, their phases, calibration, and resuming, through nnU-Net's own steps."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from batchgenerators.utilities.file_and_folder_operations import save_json
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from plans import plans_manager
+from torch import nn
+
+import nnunet_dyn.trainers
+from nnunet_dyn.architectures.med_danet import NEVER, SCHEDULES, Decision, MedDANetV2, ModifiedUNet
+from nnunet_dyn.planning import derived_architecture
+from nnunet_dyn.plans_templates import load_template
+from nnunet_dyn.trainers.med_danet import mean_costs
+
+NAME = "nnUNetTrainerMedDANetV2"
+LABELS = {
+    "classes": {"labels": {"background": 0, "organ": 1, "tumour": 2}},
+    "regions": {"labels": {"background": 0, "whole": [1, 2], "tumour": [2]}, "regions_class_order": [1, 2]},
+    "ignore": {"labels": {"background": 0, "organ": 1, "ignore": 2}},
+}
+OPTIONS = {"policy_space": ["skip", 16, "whole"]}
+
+
+def trainer_class(name):
+    return getattr(nnunet_dyn.trainers, name)
+
+
+def with_template(plans, **options):
+    """``plans`` with its configuration replaced by that of the template, for a small U-Net."""
+    configuration = plans.plans["configurations"]["2d"]
+    architecture = derived_architecture(load_template("meddanetv2"), configuration["architecture"])
+    architecture["arch_kwargs"] |= {"med_danet": OPTIONS | options, "base_features": 4, "blocks": [1, 1, 1]}
+    configuration["architecture"] = architecture
+    return plans
+
+
+def build(name, plans, channels=1, heads=2, deep_supervision=True):
+    configuration = plans.get_configuration(plans.available_configurations[0])
+    return trainer_class(name).build_network_architecture(plans, configuration, channels, heads, deep_supervision)
+
+
+# --- what is built ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("suffix", "choices", "bits"),
+    [
+        ("", ("skip", 96, "whole"), (8, 16)),
+        ("SpatialOnly", ("skip", 96, "whole"), (32,)),
+        ("QuantOnly", ("whole",), (8, 16)),
+    ],
+)
+def test_each_name_builds_its_row_of_table_3a(suffix, choices, bits):
+    network = build(NAME + suffix, plans_manager(2, patch_size=[128, 128], n_stages=6))
+    assert isinstance(network, MedDANetV2) and isinstance(network.backbone, ModifiedUNet)
+    assert (network.options.policy_space, network.options.bits) == (choices, bits)
+    assert network.backbone.encoder.output_channels == [16, 32, 64, 128] and network.divisor == (8, 8)
+
+
+def test_the_configurations_own_network_and_options_are_kept():
+    plans = with_template(plans_manager(2, patch_size=[32, 32], n_stages=3), bits=[4, 8])
+    network = build(NAME, plans)
+    assert network.options.bits == (4, 8) and network.options.crops == (16,)
+    assert network.backbone.encoder.output_channels == [4, 8, 16]
+    assert build(NAME + "SpatialOnly", plans).options.bits == (32,)
+    assert load_template("meddanetv2").arch_kwargs["med_danet"]["policy_space"] == ["skip", 96, "whole"]
+
+
+def test_it_refuses_what_it_cannot_serve():
+    with pytest.raises(ValueError, match=r"patches of \(64, 64, 64\) voxels; expected a 2D one, .* configuration 2d"):
+        build(NAME, plans_manager(3))
+    with pytest.raises(ValueError, match=r"crop of 96 voxels is larger than the patch, \(64, 64\)"):
+        build(NAME, plans_manager(2, patch_size=[64, 64], n_stages=4))
+    with pytest.raises(ValueError, match="cost_weight got -1; expected 0 or more"):
+        build(NAME, with_template(plans_manager(2, patch_size=[32, 32], n_stages=3), cost_weight=-1))
+    with pytest.raises(ValueError, match="schedule got 'mine'; expected one of paper, published"):
+        build(NAME, with_template(plans_manager(2, patch_size=[32, 32], n_stages=3), schedule="mine"))
+
+
+@pytest.mark.parametrize(
+    "other", ["nnUNetTrainerEffB0", "nnUNetTrainerMAGIC1x", "nnUNetTrainer_2epochs", nnUNetTrainer]
+)
+def test_another_trainer_is_refused_with_the_name_of_the_right_one(other):
+    plans = with_template(plans_manager(2, patch_size=[32, 32], n_stages=3))
+    other = trainer_class(other) if isinstance(other, str) else other
+    with pytest.raises(ValueError, match=rf"Train with -tr {NAME}\."):
+        other.build_network_architecture(plans, plans.get_configuration("2d"), 1, 2, True)
+
+
+# --- training ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """A factory of trainers on two preprocessed cases of eight 40×36 slices, the first four without foreground."""
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+    from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
+
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    torch.set_num_threads(1)
+
+    def make(name=NAME, kind="classes", channels=1, fill=None, **options):
+        torch.manual_seed(0)
+        plans = with_template(plans_manager(2, n_stages=3, patch_size=[32, 32], batch_size=4), **options)
+        dataset = {"channel_names": {str(c): "CT" for c in range(channels)}, "numTraining": 2, "file_ending": ".nii.gz"}
+        dataset |= LABELS[kind]
+        base = tmp_path / "preprocessed" / "Dataset999_Test"
+        folder = base / "nnUNetPlans"
+        folder.mkdir(parents=True, exist_ok=True)
+        manager = plans.get_label_manager(dataset)
+        sampled = list(manager.foreground_regions if manager.has_regions else manager.foreground_labels)
+        if manager.has_ignore_label:
+            sampled.append([-1, *manager.all_labels])
+        rng = np.random.default_rng(0)
+        for case in ("case_0", "case_1"):
+            labels = np.zeros((1, 8, 40, 36), np.int16)
+            labels[0, 4:, 6:14, 20:30], labels[0, 6:, 8:11, 22:25] = 1, 2
+            if fill is not None:
+                labels[:] = fill
+            image = (labels + rng.normal(0, 0.1, (channels, 8, 40, 36))).astype(np.float32)
+            layout = {}
+            for suffix, array in (("", image), ("_seg", labels)):
+                blocks, chunks = comp_blosc2_params(array.shape, (32, 32), array.itemsize)
+                layout |= {f"blocks{suffix}": blocks, f"chunks{suffix}": chunks}
+            locations = DefaultPreprocessor._sample_foreground_locations(labels, sampled)
+            if not (folder / f"{case}.pkl").exists():
+                properties = {"class_locations": locations}
+                nnUNetDatasetBlosc2.save_case(image, labels, properties, str(folder / case), **layout)
+        save_json(plans.plans, str(base / "nnUNetPlans.json"))
+        save_json({}, str(base / "dataset_fingerprint.json"))
+        content = json.loads(json.dumps(plans.plans)) | {"continue_training": False}
+        return trainer_class(name)(content, "2d", "all", dataset, torch.device("cpu"))
+
+    return make
+
+
+def start(trainer, epoch=0):
+    """``trainer`` as it is at the start of ``epoch``."""
+    if not trainer.was_initialized:
+        trainer.initialize()
+    if trainer.dataloader_train is None:
+        trainer.dataloader_train, trainer.dataloader_val = trainer.get_dataloaders()
+    trainer.current_epoch = epoch
+    log = trainer.logger.local_logger.my_fantastic_logging
+    log["lrs"] = [0.0] * epoch
+    trainer.on_train_epoch_start()
+    return trainer
+
+
+def state(trainer):
+    return {key: value.clone() for key, value in trainer.network.state_dict().items()}
+
+
+def changed_parts(trainer, before):
+    changed = {
+        key.partition(".")[0]
+        for key, value in trainer.network.state_dict().items()
+        if not torch.equal(value, before[key])
+    }
+    names = {"backbone": "segmentation", "crop_tail": "segmentation"}
+    return {names.get(name, name) for name in changed} - {"is_quantised"}
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 7, 350])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_phases_divide_any_number_of_epochs(prepared, epochs, schedule):
+    trainer = prepared(f"{NAME}_{epochs}epochs", schedule=schedule)
+    trainer.initialize()
+    indices = [trainer.phase_index(epoch) for epoch in range(epochs)]
+    assert indices == sorted(indices) and indices[-1] == 2
+    if epochs == 350:
+        lengths = [indices.count(index) for index in range(3)]
+        assert lengths == {"paper": [200, 100, 50], "published": [150, 150, 50]}[schedule]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_each_phase_changes_what_learns_in_it_and_nothing_else(prepared, schedule):
+    trainer = prepared(f"{NAME}_70epochs_1iters", schedule=schedule)
+    trainer.initialize()
+    batch = None
+    for index, phase in enumerate(SCHEDULES[schedule]):
+        epoch = next(epoch for epoch in range(70) if trainer.phase_index(epoch) == index)
+        start(trainer, epoch)
+        batch = batch or next(trainer.dataloader_train)
+        before = state(trainer)
+        assert np.isfinite(trainer.train_step(batch)["loss"])
+        assert changed_parts(trainer, before) == phase.learns, phase.name
+        rates = {group["part"]: group["lr"] for group in trainer.optimizer.param_groups}
+        assert {part for part, rate in rates.items() if rate > 0} == phase.learns
+        assert bool(trainer.network.is_quantised) == phase.quantised
+
+
+def test_the_learning_rate_rises_then_falls(prepared):
+    trainer = prepared(f"{NAME}_100epochs")
+    trainer.initialize()
+    rates = []
+    for epoch in range(100):
+        trainer.lr_scheduler.step(epoch)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates[:5] == pytest.approx([2e-4 * (e + 1) / 5 * (1 - e / 100) ** 0.9 for e in range(5)])
+    assert max(rates) == rates[4] and rates[5:] == pytest.approx([2e-4 * (1 - e / 100) ** 0.9 for e in range(5, 100)])
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_every_kind_of_label_trains_and_validates(prepared, kind):
+    trainer = start(prepared(f"{NAME}_7epochs_1iters", kind, channels=2), 6)
+    assert np.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss"])
+    heads = trainer.label_manager.num_segmentation_heads
+    background = trainer.network.background_logits.tolist()
+    assert background == ([-8] * heads if kind == "regions" else [8] + [-8] * (heads - 1))
+    trainer.logger.local_logger.my_fantastic_logging |= {
+        key: [0] * 6 for key in ("mean_fg_dice", "ema_fg_dice", "dice_per_class_or_region", "val_losses")
+    } | {key: [0] * 6 for key in ("skipped", "cropped", "whole", "gmacs", "bits")}
+    trainer.on_validation_epoch_start()
+    with torch.no_grad():
+        outputs = [trainer.validation_step(next(trainer.dataloader_val))]
+    trainer.on_validation_epoch_end(outputs)
+    shares = [trainer.logger.get_value(key, -1) for key in ("skipped", "cropped", "whole")]
+    assert sum(shares) == pytest.approx(1) and len(trainer.logger.get_value("bits", -1)) == 5
+    assert trainer.logger.get_value("gmacs", -1) > 0
+    # A checkpoint from before the calibration neither skips nor crops.
+    assert trainer.network.skip_threshold == trainer.network.crop_threshold == NEVER
+
+
+@pytest.mark.parametrize("suffix", ["SpatialOnly", "QuantOnly"])
+def test_ablations_train(prepared, suffix):
+    trainer = prepared(f"{NAME}{suffix}_7epochs_1iters")
+    trainer.initialize()
+    for epoch in (0, 4, 6):
+        start(trainer, epoch)
+        assert np.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss"])
+    assert len(trainer.optimizer.param_groups) == {"SpatialOnly": 3, "QuantOnly": 2}[suffix]
+    assert (trainer.calibrate() is None) == (suffix == "QuantOnly")
+
+
+@pytest.mark.parametrize("fill", [0, 1])
+def test_cases_that_are_all_background_or_all_foreground(prepared, fill):
+    trainer = prepared(f"{NAME}_7epochs_1iters", fill=fill)
+    for epoch in (0, 6):
+        start(trainer, epoch)
+        losses = [trainer.train_step(next(trainer.dataloader_train))["loss"] for _ in range(2)]
+        assert np.isfinite(losses).all()
+    trainer.network.policy.fc.weight.data.zero_()
+    trainer.network.policy.fc.bias.data = torch.tensor([9.0, 0, 0])
+    found = trainer.calibrate()
+    assert found.skipped == (1 if fill == 0 else 0) and found.coverage == ({} if fill == 0 else {"1": 1.0})
+
+
+def test_random_centres_and_the_distance_to_a_centred_crop(prepared):
+    trainer = start(prepared())
+    target = torch.zeros(2, 1, 32, 32)
+    target[0, 0, 4:10, 20:32] = 1  # its middle is 7, 26; the nearest crop of 16 begins at 0, 16
+    trainer.foreground_centres = 1.0
+    for _ in range(20):
+        centres = trainer.random_centres(target)
+        assert (
+            4 <= centres[0, 0] < 10 and 20 <= centres[0, 1] < 32 and (centres[1] >= 0).all() and (centres[1] < 32).all()
+        )
+    at = torch.tensor([[0.0, 16.0], [9.0, 9.0]])
+    assert trainer.position_loss([at], target) == 0
+    away = trainer.position_loss([at + torch.tensor([[8.0, 0], [0, 0]])], target)
+    assert away.item() == pytest.approx((8 / 32 - 0.025) / 2)  # smooth L1 of a quarter of one axis, and of none
+    assert trainer.position_loss([at], torch.zeros(2, 1, 32, 32)) == 0
+
+
+def test_guidance_of_the_policy_by_hand(prepared):
+    scores = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.5, 0.3], [0.9, 0.05, 0.05]]))
+    target = torch.zeros(3, 1, 32, 32)
+    target[1, 0, 4, 5] = 1
+    trainer = start(prepared())
+    expected = -np.log([0.5, 0.8, 0.9]).mean()
+    assert trainer.skip_loss(scores, target).item() == pytest.approx(expected, abs=1e-5)
+    target[2, 0, 0, 0] = 2  # of a slice whose voxels are ignored nobody knows
+    trainer = prepared(kind="ignore")
+    trainer.initialize()
+    assert trainer.skip_loss(scores, target).item() == pytest.approx(-np.log([0.5, 0.8]).mean(), abs=1e-5)
+
+
+def test_resuming_in_a_phase_continues_it_exactly(prepared, tmp_path):
+    name = f"{NAME}_70epochs_1iters"
+    trainer = start(prepared(name), 42)
+    batches = [next(trainer.dataloader_train) for _ in range(3)]
+    for batch in batches[:2]:
+        trainer.train_step(batch)
+    trainer.current_epoch = 41  # what is saved counts one on
+    path = str(tmp_path / "checkpoint.pth")
+    trainer.save_checkpoint(path)
+    again = prepared(name)
+    again.load_checkpoint(path)
+    assert again.current_epoch == 42
+    for resumed in (start(trainer, 42), start(again, 42)):
+        assert resumed.network.phase.name == "position and bits"
+        torch.manual_seed(5)
+        resumed.train_step(batches[2])
+    first, second = state(trainer), state(again)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert [group["lr"] for group in again.optimizer.param_groups] == [
+        group["lr"] for group in trainer.optimizer.param_groups
+    ]
+
+
+def test_costs_of_an_epoch_by_hand():
+    decisions = [
+        Decision("skip", bits=(), cost=1e9),
+        Decision("whole", bits=(8, 16), cost=5e9),
+        Decision("crop", ((0, 8), (0, 8)), (16, 16), cost=3e9),
+        Decision("skip", bits=(), cost=1e9),
+    ]
+    assert mean_costs(decisions, 2) == {"skipped": 0.5, "cropped": 0.25, "whole": 0.25, "gmacs": 2.5, "bits": [12, 16]}
+    assert mean_costs(decisions[:1], 2)["bits"] == [0, 0]
+
+
+class Oracle(nn.Module):
+    """In the policy's place: skips slices without a bright voxel with the given score."""
+
+    def __init__(self, score=4.0):
+        super().__init__()
+        self.score = score
+
+    def forward(self, x):
+        is_empty = (x.flatten(1).amax(1) < 0.6).float()
+        return torch.stack([self.score * is_empty, torch.ones_like(is_empty), torch.zeros_like(is_empty)], 1)
+
+
+class Middle(nn.Module):
+    """In the position network's place: every crop in the middle."""
+
+    def forward(self, x):
+        return x.new_zeros(len(x), 2)
+
+
+def test_calibration_finds_what_can_be_left_out(prepared):
+    trainer = start(prepared(fill=None))
+    trainer.inference_allowed_mirroring_axes = (0, 1)
+    network = trainer.network
+    network.policy, network.position = Oracle(), Middle()
+    found = trainer.calibrate()
+    # Two overlapping tiles an axis, eight slices; half of the slices are empty.
+    assert found.slices == 2 * 8 * 4 and found.cases == 2
+    assert 0.5 <= found.skipped < 1 and found.lost_components == 0 and min(found.coverage.values()) >= 0.995
+    assert found.crop_threshold == pytest.approx(1 / (1 + np.exp(-1)), abs=3e-3)  # mirrored, crops cut the organ
+    assert found.cropped == 0
+    assert network.skip_threshold.item() == pytest.approx(found.skip_threshold)
+
+
+def test_calibration_does_not_trust_a_policy_that_errs(prepared):
+    trainer = start(prepared())
+    trainer.network.policy.fc.weight.data.zero_()
+    trainer.network.policy.fc.bias.data = torch.tensor([5.0, 0, 0])
+    found = trainer.calibrate()
+    assert found.skipped == 0 and found.is_useless
+
+
+def test_a_whole_training_and_what_it_leaves(prepared, tmp_path):
+    trainer = prepared(f"{NAME}_3epochs_1iters")
+    trainer.save_every = 1
+    trainer.run_training()
+    folder = next((tmp_path / "results").rglob("fold_all"))
+    assert (folder / "costs.png").stat().st_size > 0 and (folder / "progress.png").exists()
+    found = json.loads((folder / "calibration.json").read_text())
+    assert found["cases"] == 2 and set(found["coverage"]) == {"1", "2"}
+    checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["trainer_name"] == f"{NAME}_3epochs_1iters"
+    assert checkpoint["network_weights"]["skip_threshold"].item() == pytest.approx(found["skip_threshold"])
+    assert len(checkpoint["logging"]["gmacs"]) == 3
+    log = next(folder.glob("training_log*")).read_text()
+    assert "Phase 'full precision'" in log and "Phase 'everything'" in log and "Calibrated on" in log
+    assert "GMACs each" in log and "bits per stage" in log
+    # As nnU-Net's predictor loads and runs it.
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(folder.parent), ("all",), "checkpoint_final.pth")
+    assert predictor.network.skip_threshold == trainer.network.skip_threshold and predictor.network.is_quantised
+    predictor.network.decisions = []
+    logits = predictor.predict_sliding_window_return_logits(torch.randn(1, 2, 40, 36))
+    assert logits.shape == (3, 2, 40, 36) and torch.isfinite(logits).all()
+    assert len(predictor.network.decisions) == 2 * 4 * 4  # slices, tiles, flips
