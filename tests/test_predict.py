@@ -1,5 +1,6 @@
 """`nnunet_dyn predict`: nnU-Net's files, its flags, and one line for what goes wrong."""
 
+import errno
 import json
 import os
 import shutil
@@ -184,6 +185,24 @@ def test_an_error_while_writing_leaves_no_half_written_file(model, images, tmp_p
     assert "No space left on device" in capsys.readouterr().err
     assert (out / "case_0.nii.gz").read_bytes() == complete
     assert not [name for name in names(out) if "partial" in name]
+
+
+def test_a_full_disk_fails_one_case(model, images, tmp_path, monkeypatch, capsys):
+    """Asked for before the probabilities are mapped: writing to a mapped file that has no space kills the process."""
+    reserve, calls = os.posix_fallocate, []
+
+    def full_for_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(*arguments)
+
+    monkeypatch.setattr(os, "posix_fallocate", full_for_the_second)
+    assert predict(model, images, tmp_path / "out", "--save_probabilities") == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert line.startswith("failed: case_1: OSError") and "No space left" in line
+    written = [f"{case}{suffix}" for case in ("case_0", "case_2") for suffix in (".nii.gz", ".npz", ".pkl")]
+    assert names(tmp_path / "out") == sorted([*written, "dataset.json", "plans.json"])
 
 
 def test_an_image_without_voxels(copy, tmp_path, capsys):

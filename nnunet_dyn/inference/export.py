@@ -6,6 +6,7 @@ where anything but background can win.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import tempfile
@@ -13,7 +14,9 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -233,9 +236,41 @@ def _resample_on_disk(function: Callable, logits: torch.Tensor, new_shape, spaci
         values = np.asarray(function(logits[index : index + 1], new_shape, spacing, new_spacing))[0]
         if resampled is None:
             with tempfile.TemporaryFile() as file:
+                _reserve(file, len(logits) * values.nbytes)
                 resampled = np.memmap(file, values.dtype, "w+", shape=(len(logits), *values.shape))
         resampled[index] = values
     return torch.from_numpy(resampled)
+
+
+def _zeros_in_file(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros of ``shape``, float32, in the ``.npy`` file ``path``; OSError where the disk has no space for them."""
+    with open(path, "wb") as file:
+        header = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        _reserve(file, math.prod(shape) * np.dtype(np.float32).itemsize)
+    return np.lib.format.open_memmap(path, "r+")
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Append ``size`` zeros for which the disk has space.
+
+    Mapping a file that merely claims its size would kill the process (SIGBUS) where the disk is full.
+
+    Raises:
+        OSError: no space.
+    """
+    file.flush()
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(file.fileno(), file.tell(), size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # what some file systems say that cannot
+                raise
+    zeros = bytes(min(size, 2**20))
+    for start in range(0, size, 2**20):
+        file.write(zeros[: size - start])
+    file.flush()
 
 
 @contextmanager
@@ -258,6 +293,6 @@ def replacing(path: Path, keep: bool = True) -> Iterator[Path]:
 def probabilities_file(path: Path) -> Iterator[Callable[[tuple[int, ...]], np.ndarray]]:
     """``allocate_probabilities`` of ``segment`` for probabilities in ``path``, nnU-Net's ``.npz``, not in memory."""
     with replacing(path.with_name(f"{path.name}.npy"), keep=False) as raw, replacing(path) as packed:
-        yield lambda shape: np.lib.format.open_memmap(raw, "w+", np.float32, shape)
+        yield partial(_zeros_in_file, raw)
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.write(raw, "probabilities.npy")

@@ -1,5 +1,7 @@
 """Resampling and argmax in slabs: nnU-Net's result, from a fraction of its memory."""
 
+import errno
+import os
 import tracemalloc
 from functools import partial
 
@@ -197,3 +199,32 @@ def test_a_file_appears_complete_or_not_at_all(tmp_path):
         temporary.write_bytes(b"half of it")
         raise OSError("no space left")
     assert [p.name for p in tmp_path.iterdir()] == ["case.nii.gz"] and path.read_bytes() == b"new"
+
+
+def test_a_full_disk_is_an_error_before_a_file_is_mapped(monkeypatch):
+    """Here under a cubic function, which resamples into a file."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cubic = ("resample_data_or_seg_to_shape", {**models.LINEAR, "order": 3})
+    logits, *arguments = case(*SIZES["larger"], resampling=cubic)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        export.segment(logits, *arguments)
+
+
+@pytest.mark.parametrize("way", ["no such call", "not on this file system"])
+def test_space_is_taken_by_writing_where_it_cannot_be_reserved(tmp_path, monkeypatch, way):
+    def cannot(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    if way == "no such call":
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", cannot)
+    with open(tmp_path / "file", "w+b") as file:
+        file.write(b"head")
+        export._reserve(file, 2**20 + 5)
+    assert (tmp_path / "file").read_bytes() == b"head" + bytes(2**20 + 5)
+    assert (tmp_path / "file").stat().st_blocks * 512 >= 2**20
