@@ -199,32 +199,51 @@ class Predictor(nnUNetPredictor):
             torch.set_num_threads(before)
 
     @torch.inference_mode()
+    def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
+        """As nnU-Net's: (classes, *shape) in half precision from (C, *shape).
+
+        Raises:
+            JobError: logits that are not finite.
+        """
+        logits = super().predict_sliding_window_return_logits(input_image)
+        # Not before: nnU-Net would take the error for a lack of memory and predict once more.
+        if not all(bool(of_class.isfinite().all()) for of_class in logits):
+            raise JobError(
+                "The network gave logits that are NaN or too large for half precision; expected finite ones. Check "
+                "the checkpoint, and that the images are like those of the training."
+            )
+        return logits
+
+    @torch.inference_mode()
     def _internal_predict_sliding_window_return_logits(
         self, data: torch.Tensor, slicers: list[tuple], do_on_device: bool = True
     ) -> torch.Tensor:
         """nnU-Net's accumulation: half precision, its order of tiles. Anything else would change some voxels."""
         device = self.device if do_on_device else torch.device("cpu")
-        data = data.to(device)
-        logits = torch.zeros(
-            (self.label_manager.num_segmentation_heads, *data.shape[1:]), dtype=torch.half, device=device
-        )
-        weights = torch.zeros(data.shape[1:], dtype=torch.half, device=device)
-        gaussian = 1
-        if self.use_gaussian:
-            patch = tuple(self.configuration_manager.patch_size)
-            gaussian = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=10, device=device)
-        with tqdm(total=len(slicers), disable=None if self.allow_tqdm else True, leave=False, unit="tile") as bar:
-            for slicer, prediction in self._predict_tiles(data, slicers):
-                logits[slicer] += prediction.to(device) * gaussian
-                weights[slicer[1:]] += gaussian
-                bar.update()
-        for of_class in logits:
-            of_class /= weights
-            if not bool(of_class.isfinite().all()):
-                raise JobError(
-                    "The network gave logits that are NaN or too large for half precision; expected finite ones. Check "
-                    "the checkpoint, and that the images are like those of the training."
-                )
+        logits = weights = prediction = None
+        try:
+            data = data.to(device)
+            logits = torch.zeros(
+                (self.label_manager.num_segmentation_heads, *data.shape[1:]), dtype=torch.half, device=device
+            )
+            weights = torch.zeros(data.shape[1:], dtype=torch.half, device=device)
+            gaussian = 1
+            if self.use_gaussian:
+                patch = tuple(self.configuration_manager.patch_size)
+                gaussian = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=10, device=device)
+            with tqdm(total=len(slicers), disable=None if self.allow_tqdm else True, leave=False, unit="tile") as bar:
+                for slicer, prediction in self._predict_tiles(data, slicers):
+                    logits[slicer] += prediction.to(device) * gaussian
+                    weights[slicer[1:]] += gaussian
+                    bar.update()
+            for of_class in logits:
+                of_class /= weights
+        except RuntimeError as error:
+            # nnU-Net takes it for a lack of memory and tries again on the CPU while it handles the error, whose
+            # traceback would keep the tensors of all these frames on the device.
+            traceback.clear_frames(error.__traceback__)
+            data = logits = weights = prediction = of_class = None
+            raise
         return logits
 
     def _predict_tiles(self, data: torch.Tensor, slicers: list[tuple]) -> Iterator[tuple[tuple, torch.Tensor]]:

@@ -1,5 +1,7 @@
 """The segmentation is nnU-Net's, whatever the model and the image are like."""
 
+import gc
+
 import models
 import numpy as np
 import pytest
@@ -219,10 +221,43 @@ def test_images_that_cannot_be_predicted(tmp_path, array, spacing, expected):
 
 
 def test_logits_that_are_not_finite_are_an_error(tmp_path):
+    """At once: nnU-Net predicts again on the CPU after a RuntimeError of its sliding window, which would not help."""
     folder = models.write_model(tmp_path / "model")
     predictor = Predictor.from_folder(folder, device="cpu")
+    predictor.perform_everything_on_device = True  # what a GPU has; turns nnU-Net's second attempt on
+    batches = count(predictor)
     with torch.no_grad():
         for parameter in predictor.engine.network.parameters():
             parameter.fill_(float("nan"))
     with pytest.raises(JobError, match="NaN or too large"):
         predictor.predict(models.image((16, 16, 16)), (1, 1, 1))
+    assert sum(batches) == 8
+
+
+def large_tensors(elements: int) -> int:
+    """Tensors that are alive and have at least so many elements."""
+    gc.collect()
+    return sum(type(thing) is torch.Tensor and thing.numel() >= elements for thing in gc.get_objects())
+
+
+def test_the_logits_are_freed_before_nnunet_tries_again(tmp_path, monkeypatch):
+    """Where memory was lacking, the second attempt must not find the tensors of the first one."""
+    predictor = Predictor.from_folder(models.write_model(tmp_path / "model"), device="cpu")
+    predictor.perform_everything_on_device = True
+    data = torch.from_numpy(models.image((16, 16, 48)))
+    expected = predictor.predict_logits_from_preprocessed_data(data)
+    infer, size, alive = predictor.engine.infer, expected.numel(), []
+
+    def lack_memory(tiles):
+        held = torch.zeros(size)  # what a network holds when it fails
+        alive.append(large_tensors(size))
+        if len(alive) == 9:  # in the second tile: the first one's logits are suspended in the generator
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        del held
+        return infer(tiles)
+
+    monkeypatch.setattr(predictor.engine, "infer", lack_memory)
+    monkeypatch.setattr(module, "BATCH_VOXELS", 1)
+    logits = predictor.predict_logits_from_preprocessed_data(data)
+    torch.testing.assert_close(logits, expected, atol=2e-3, rtol=2e-3)
+    assert len(alive) == 9 + 5 * 8 and len(set(alive)) == 1
