@@ -13,6 +13,7 @@ import models
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
@@ -185,6 +186,21 @@ def test_an_error_while_writing_leaves_no_half_written_file(model, images, tmp_p
     assert "No space left on device" in capsys.readouterr().err
     assert (out / "case_0.nii.gz").read_bytes() == complete
     assert not [name for name in names(out) if "partial" in name]
+
+
+def test_a_tiff_has_its_spacing_beside_it(copy, tmp_path, capsys):
+    """In a file that nnU-Net's reader names after the segmentation."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    tifffile.imwrite(folder / "case_0000.tif", models.image((17, 20, 22))[0])
+    (folder / "case.json").write_text('{"spacing": [1.2, 1.0, 0.9]}')
+    use_ending(copy, ".tif")
+    plans = json.loads((copy / "plans.json").read_text()) | {"image_reader_writer": "Tiff3DIO"}
+    (copy / "plans.json").write_text(json.dumps(plans))
+    assert predict(copy, folder, tmp_path / "out") == 0
+    assert names(tmp_path / "out") == ["case.json", "case.tif", "dataset.json", "plans.json"]
+    assert json.loads((tmp_path / "out" / "case.json").read_text()) == {"spacing": [1.2, 1.0, 0.9]}
+    assert tifffile.imread(tmp_path / "out" / "case.tif").shape == (17, 20, 22)
 
 
 def test_a_full_disk_fails_one_case(model, images, tmp_path, monkeypatch, capsys):

@@ -274,25 +274,31 @@ def _reserve(file: IO[bytes], size: int) -> None:
 
 
 @contextmanager
-def replacing(path: Path, keep: bool = True) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; renamed to ``path`` at the end, removed after an error.
+def complete_files(folder: Path, last: str | None = None) -> Iterator[Path]:
+    """A temporary folder inside ``folder`` to write files to: moved to ``folder`` at the end, removed after an error.
+
+    A folder and not temporary names, because nnU-Net's readers name files beside the one they are asked to write.
 
     Args:
-        keep: ``False`` removes it in any case.
+        last: name of the file to move behind the others, which says that the case is complete.
+
+    Raises:
+        OSError: ``folder`` cannot be written to.
     """
-    temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        if keep:
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Its clean-up may leave files that are still mapped on a network drive; that is no reason to fail.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-", ignore_cleanup_errors=True) as temporary:
+        yield Path(temporary)
+        for path in sorted(Path(temporary).iterdir(), key=lambda path: (path.name == last, path.name)):
+            os.replace(path, folder / path.name)
 
 
 @contextmanager
 def probabilities_file(path: Path) -> Iterator[Callable[[tuple[int, ...]], np.ndarray]]:
     """``allocate_probabilities`` of ``segment`` for probabilities in ``path``, nnU-Net's ``.npz``, not in memory."""
-    with replacing(path.with_name(f"{path.name}.npy"), keep=False) as raw, replacing(path) as packed:
+    raw = path.with_name(f"{path.name}.npy")
+    try:
         yield partial(_zeros_in_file, raw)
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.write(raw, "probabilities.npy")
+    finally:
+        raw.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.inference.engines import Engine, TorchEngine, check_engine
-from nnunet_dyn.inference.export import probabilities_file, replacing, segment
+from nnunet_dyn.inference.export import complete_files, probabilities_file, segment
 from nnunet_dyn.inference.model_folder import CHECKPOINT, load_model
 
 STAGES = ("read", "preprocess", "network", "export")
@@ -437,9 +437,9 @@ class Predictor(nnUNetPredictor):
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"Cannot make the folder {output}: {error.strerror}. Name another.") from error
-        for name, content in (("dataset.json", self.dataset_json), ("plans.json", self.plans_manager.plans)):
-            with replacing(output / name) as temporary:  # nnU-Net's evaluation and postprocessing look for them
-                save_json(content, str(temporary), sort_keys=False)
+        with complete_files(output) as folder:  # nnU-Net's evaluation and postprocessing look for them
+            for name, content in (("dataset.json", self.dataset_json), ("plans.json", self.plans_manager.plans)):
+                save_json(content, str(folder / name), sort_keys=False)
         for number, (outcome, channels) in enumerate(zip(outcomes, files, strict=True), 1):
             try:
                 before = previous_stage and Path(previous_stage, f"{outcome.case}{ending}")
@@ -466,18 +466,18 @@ class Predictor(nnUNetPredictor):
                 before, _ = _read(reader.read_seg, str(previous_stage))
         image = [image]
         with ExitStack() as stack:
+            folder = stack.enter_context(complete_files(outcome.output.parent, last=outcome.output.name))
+            packing = stack.enter_context(ExitStack())
             allocate = None
             if save_probabilities:
-                npz = outcome.output.with_name(f"{outcome.case}.npz")
-                allocate = stack.enter_context(probabilities_file(npz))
-            segmentation, _ = self._predict_case(image, properties, before, outcome.seconds, allocate)
+                allocate = packing.enter_context(probabilities_file(folder / f"{outcome.case}.npz"))
+            segmentation = self._predict_case(image, properties, before, outcome.seconds, allocate)[0]
             with _timed(outcome.seconds, "export"):
-                stack.close()
+                packing.close()
                 if save_probabilities:
-                    with replacing(outcome.output.with_name(f"{outcome.case}.pkl")) as temporary:
-                        save_pickle(properties, str(temporary))
-                with replacing(outcome.output) as temporary:
-                    reader.write_seg(segmentation, str(temporary), properties)
+                    save_pickle(properties, str(folder / f"{outcome.case}.pkl"))
+                reader.write_seg(segmentation, str(folder / outcome.output.name), properties)
+                stack.close()
 
 
 def constant_values(tile: torch.Tensor) -> tuple[float, ...] | None:
