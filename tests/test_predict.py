@@ -1,15 +1,18 @@
 """`nnunet_dyn predict`: nnU-Net's files, its flags, and one line for what goes wrong."""
 
 import errno
+import gzip
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import models
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -219,6 +222,35 @@ def test_a_full_disk_fails_one_case(model, images, tmp_path, monkeypatch, capsys
     assert line.startswith("failed: case_1: OSError") and "No space left" in line
     written = [f"{case}{suffix}" for case in ("case_0", "case_2") for suffix in (".nii.gz", ".npz", ".pkl")]
     assert names(tmp_path / "out") == sorted([*written, "dataset.json", "plans.json"])
+
+
+def change_header(path: Path, *changes: tuple[int, bytes]) -> None:
+    content = bytearray(path.read_bytes())
+    for start, value in changes:
+        content[start : start + len(value)] = value
+    path.write_bytes(content)
+
+
+def test_a_header_that_only_nibabel_refuses(copy, tmp_path, capsys):
+    """A rotation whose quaternion is too long, and no other; ITK scales it."""
+    folder = models.write_cases(tmp_path / "images", {"case": models.image((17, 20, 22))}, ending=".nii")
+    path = folder / "case_0000.nii"
+    change_header(path, (254, struct.pack("<h", 0)), (256, struct.pack("<3f", 0.8, 0.8, 0.8)))
+    with pytest.raises(ValueError, match="w2"):
+        nibabel.load(path)
+    use_ending(copy, ".nii")
+    assert predict(copy, folder, tmp_path / "out") == 0, capsys.readouterr().err
+    assert (tmp_path / "out" / "case.nii").is_file()
+
+
+def test_a_nifti_that_is_not_packed_though_its_name_says_so(model, images, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "case_0000.nii.gz").write_bytes(gzip.decompress((images / "case_0_0000.nii.gz").read_bytes()))
+    assert predict(model, folder, tmp_path / "out") == 0, capsys.readouterr().err
+    assert predict(model, images, tmp_path / "packed") == 0
+    ours, packed = (read(tmp_path / name) for name in ("out/case.nii.gz", "packed/case_0.nii.gz"))
+    assert (sitk.GetArrayFromImage(ours) == sitk.GetArrayFromImage(packed)).all()
 
 
 def test_an_image_without_voxels(copy, tmp_path, capsys):

@@ -526,20 +526,29 @@ def _read(read: Callable, files: list[str] | str) -> tuple[np.ndarray, dict]:
 
 
 def _check_complete(name: str) -> None:
-    """Raise where a NIfTI file ends too early: ITK fills what is missing with zeros and says nothing."""
+    """Refuse a NIfTI file that ends too early: ITK fills what is missing with zeros and says nothing.
+
+    What else may be wrong with the file is for the reader to say, which takes some that neither gzip nor nibabel does.
+
+    Raises:
+        EOFError, zlib.error: there is too little, or it cannot be unpacked.
+    """
     if not name.endswith((".nii", ".nii.gz")):
         return
     import nibabel
 
     size = 0
-    with (gzip.open if name.endswith(".gz") else open)(name, "rb") as file:
-        while part := file.read(2**20):
-            size += len(part)
+    try:
+        with (gzip.open if name.endswith(".gz") else open)(name, "rb") as file:
+            while part := file.read(2**20):
+                size += len(part)
+    except OSError:  # such as one that is called .gz and is not packed
+        return
     try:
         header = nibabel.load(name)
-    except nibabel.filebasedimages.ImageFileError:  # the reader says whether it can do more
+        expected = header.dataobj.offset + math.prod(header.shape) * header.get_data_dtype().itemsize
+    except Exception:  # nibabel has many, also for headers that ITK reads
         return
-    expected = header.dataobj.offset + math.prod(header.shape) * header.get_data_dtype().itemsize
     if size < expected:
         raise EOFError(f"truncated, {size} of {expected} bytes are there. Copy it again.")
 
