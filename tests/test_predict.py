@@ -253,6 +253,20 @@ def test_a_nifti_that_is_not_packed_though_its_name_says_so(model, images, tmp_p
     assert (sitk.GetArrayFromImage(ours) == sitk.GetArrayFromImage(packed)).all()
 
 
+def test_files_of_another_naming_are_named(model, images, tmp_path, capsys):
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    for number in range(2):
+        (folder / f"case_{number}_0000.nii.gz").rename(folder / f"patient{number}.nii.gz")
+    (folder / "notes.txt").write_text("no image")
+    assert predict(model, folder, tmp_path / "out") == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Left out")]
+    assert "2 files" in line and "patient0.nii.gz, patient1.nii.gz;" in line and "case_0000.nii.gz" in line
+    (folder / "case_2_0000.nii.gz").unlink()
+    assert predict(model, folder, tmp_path / "none") == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "patient0.nii.gz, patient1.nii.gz. Rename them" in shown
+
+
 def test_an_image_without_voxels(copy, tmp_path, capsys):
     """ITK writes none, so the header of a small file is changed to a size of 0."""
     folder = tmp_path / "images"

@@ -490,6 +490,8 @@ def constant_values(tile: torch.Tensor) -> tuple[float, ...] | None:
 def list_cases(images: str | Path | Sequence[Sequence[str | Path]], ending: str) -> list[tuple[str, list[Path]]]:
     """Name and channel files of each case; of a folder, in the order of their names.
 
+    Files with the ending but another naming are left out, with a line on standard error.
+
     Raises:
         UsageError: no folder, or nothing in it that nnU-Net would take for an image.
     """
@@ -500,12 +502,21 @@ def list_cases(images: str | Path | Sequence[Sequence[str | Path]], ending: str)
     if not folder.is_dir():
         raise UsageError(f"No folder {folder}; expected one with images named as case_0000{ending}.")
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob(f"*_[0-9][0-9][0-9][0-9]{ending}")):
-        found.setdefault(path.name[: -len(ending) - 5], []).append(path)
+    others = []
+    for path in sorted(folder.glob(f"*{ending}")):
+        if path.match(f"*_[0-9][0-9][0-9][0-9]{ending}"):
+            found.setdefault(path.name[: -len(ending) - 5], []).append(path)
+        else:
+            others.append(path.name)
+    named = f"{len(others)} file{'s' * (len(others) != 1)} without a channel in the name: {', '.join(others[:3])}"
+    named += ", …" if len(others) > 3 else ""
     if not found:
         raise UsageError(
             f"{folder} has no images; expected names as case_0000{ending}, the ending of the training data."
+            + (f" It has {named}. Rename them." if others else "")
         )
+    if others:
+        print(f"Left out {named}; expected names as case_0000{ending}.", file=sys.stderr)
     return sorted(found.items())
 
 
