@@ -267,6 +267,25 @@ def test_files_of_another_naming_are_named(model, images, tmp_path, capsys):
     assert shown.count("\n") == 1 and "patient0.nii.gz, patient1.nii.gz. Rename them" in shown
 
 
+@pytest.mark.parametrize("way", ["read-only", "dataset.json is a folder"])
+def test_an_output_folder_that_cannot_be_written_to(model, images, tmp_path, monkeypatch, capsys, way):
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    if way == "read-only":  # not by the folder's mode, which root does not heed
+        monkeypatch.setattr("tempfile.mkdtemp", read_only)
+    else:
+        (out / "dataset.json").mkdir()
+    before = names(out)
+    assert predict(model, images, out) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"nnunet_dyn: Cannot write dataset.json and plans.json into {out}")
+    assert shown.err.count("\n") == 1 and not shown.out and names(out) == before
+
+
 def test_an_image_without_voxels(copy, tmp_path, capsys):
     """ITK writes none, so the header of a small file is changed to a size of 0."""
     folder = tmp_path / "images"

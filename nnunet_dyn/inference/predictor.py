@@ -417,7 +417,8 @@ class Predictor(nnUNetPredictor):
             report: called after each case with its number from 1, their number, and its outcome.
 
         Raises:
-            UsageError: a folder or part that is not there, or a folder without images.
+            UsageError: a folder or part that is not there, a folder without images, or an output folder that cannot be
+                written to.
         """
         if not 0 <= part_id < num_parts:
             raise UsageError(f"Got part {part_id} of {num_parts}; expected 0 to {num_parts - 1}.")
@@ -437,9 +438,15 @@ class Predictor(nnUNetPredictor):
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"Cannot make the folder {output}: {error.strerror}. Name another.") from error
-        with complete_files(output) as folder:  # nnU-Net's evaluation and postprocessing look for them
-            for name, content in (("dataset.json", self.dataset_json), ("plans.json", self.plans_manager.plans)):
-                save_json(content, str(folder / name), sort_keys=False)
+        try:
+            with complete_files(output) as folder:  # nnU-Net's evaluation and postprocessing look for them
+                for name, content in (("dataset.json", self.dataset_json), ("plans.json", self.plans_manager.plans)):
+                    save_json(content, str(folder / name), sort_keys=False)
+        except OSError as error:
+            raise UsageError(
+                f"Cannot write dataset.json and plans.json into {output}: {error.strerror}. Expected a folder that "
+                "takes files of these names; make it writable, or name another."
+            ) from error
         for number, (outcome, channels) in enumerate(zip(outcomes, files, strict=True), 1):
             try:
                 before = previous_stage and Path(previous_stage, f"{outcome.case}{ending}")
