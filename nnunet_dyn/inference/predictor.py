@@ -59,7 +59,7 @@ class Outcome:
 
     Attributes:
         case: the name of its files without channel and ending.
-        output: the segmentation that was written; not there if ``error`` is.
+        output: where the segmentation is written. With an ``error`` it is not: what is there, if anything, is older.
         seconds: per stage.
         error: what went wrong, in one line.
     """
