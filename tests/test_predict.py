@@ -286,6 +286,15 @@ def test_an_output_folder_that_cannot_be_written_to(model, images, tmp_path, mon
     assert shown.err.count("\n") == 1 and not shown.out and names(out) == before
 
 
+def test_a_wrong_fold_is_found_before_the_cases(copy, images, tmp_path, capsys):
+    """Not only the first one: two folds are averaged."""
+    change_checkpoint(copy, fold=1, network_weights=MANY_OTHERS)
+    assert predict(copy, images, tmp_path / "out", "-f", 0, 1) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("nnunet_dyn: The checkpoint of fold number 1 does not fit")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_image_without_voxels(copy, tmp_path, capsys):
     """ITK writes none, so the header of a small file is changed to a size of 0."""
     folder = tmp_path / "images"
@@ -306,8 +315,8 @@ def copy(model, tmp_path) -> Path:
     return Path(shutil.copytree(model, tmp_path / "model"))
 
 
-def change_checkpoint(folder: Path, **changes) -> None:
-    path = folder / "fold_0" / "checkpoint_final.pth"
+def change_checkpoint(folder: Path, fold: int = 0, **changes) -> None:
+    path = folder / f"fold_{fold}" / "checkpoint_final.pth"
     content = torch.load(path, weights_only=False) | changes
     torch.save({key: value for key, value in content.items() if value is not None}, path)
 

@@ -20,7 +20,8 @@ from batchgenerators.utilities.file_and_folder_operations import save_json, save
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
 from tqdm import tqdm
 
 from nnunet_dyn.errors import JobError, UsageError
@@ -161,12 +162,47 @@ class Predictor(nnUNetPredictor):
             model.dataset,
             model.trainer,
             model.mirroring_axes,
+            precision=precision,
+            threads=threads,
+        )
+
+    def manual_initialization(
+        self,
+        network: nn.Module,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        parameters: list[dict] | None,
+        dataset_json: dict,
+        trainer_name: str,
+        inference_allowed_mirroring_axes: tuple[int, ...] | None,
+        *,
+        precision: str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """As nnU-Net's.
+
+        Args:
+            network: with deep supervision off.
+            parameters: a state dictionary per fold; ``None`` predicts with those that the network has.
+
+        Raises:
+            JobError: parameters that do not fit the network.
+        """
+        super().manual_initialization(
+            network,
+            plans_manager,
+            configuration_manager,
+            parameters,
+            dataset_json,
+            trainer_name,
+            inference_allowed_mirroring_axes,
         )
         skip = {"resampling_fn_seg": "no_resampling_hack", "resampling_fn_seg_kwargs": {}}
-        self._image_only = ConfigurationManager(model.configuration.configuration | skip)
+        self._image_only = ConfigurationManager(configuration_manager.configuration | skip)
         precision = check_engine("torch", precision, self.device.type)
-        self.engine = TorchEngine(self.network, model.parameters, self.device, precision, threads)
-        self.engine.load(0)
+        self.engine = TorchEngine(self.network, parameters, self.device, precision, threads)
+        for fold in reversed(range(self.engine.folds)):  # each, so that a wrong one is found before the first case
+            self.engine.load(fold)
 
     # ------------------------------------------------------------------------------------------------ sliding window
 

@@ -12,6 +12,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.inference import Predictor
 from nnunet_dyn.inference import predictor as module
+from nnunet_dyn.inference.engines import TorchEngine
+from nnunet_dyn.inference.model_folder import load_model
 
 SMALLEST_AGREEMENT = 0.9999
 
@@ -264,3 +266,33 @@ def test_the_logits_are_freed_before_nnunet_tries_again(tmp_path, monkeypatch):
     logits = predictor.predict_logits_from_preprocessed_data(data)
     torch.testing.assert_close(logits, expected, atol=2e-3, rtol=2e-3)
     assert next(calls) == 9 + 5 * 8 + 1 and len(alive) == 2 and alive[0] == alive[1]
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["parameters", "the network's own"])
+def test_manual_initialization(tmp_path, given):
+    """nnU-Net's other way to make a predictor: from a network in memory."""
+    folder = models.write_model(tmp_path / "model", spacing=(1.2, 1, 1))
+    model = load_model(folder)
+    weights = model.parameters[0]
+    if not given:
+        model.network.load_state_dict(weights)
+    predictor = Predictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.manual_initialization(model.network, model.plans, model.configuration, [weights] if given else None,
+                                    model.dataset, model.trainer, model.mirroring_axes)  # fmt: skip
+    array = models.image((16, 20, 18))
+    expected = Predictor.from_folder(folder, device="cpu").predict(array, (1, 1, 1)).segmentation
+    assert agreement(predictor.predict(array, (1, 1, 1)).segmentation, expected) == 1
+    assert len(np.unique(expected)) > 2
+
+
+def test_the_parameters_after_a_fold_that_does_not_fit():
+    """torch copies the tensors that fit before it says that one does not."""
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    right = {name: torch.ones_like(value) for name, value in network.state_dict().items()}
+    wrong = {name: torch.zeros(2, 2) for name in right}  # not the shape of a bias
+    engine = TorchEngine(network, [right, wrong], torch.device("cpu"), "fp32")
+    engine.load(0)
+    with pytest.raises(JobError, match="fold number 1 does not fit"):
+        engine.load(1)
+    engine.load(0)
+    assert all(bool((value == 1).all()) for value in network.state_dict().values())
