@@ -31,8 +31,7 @@ from nnunet_dyn.inference.model_folder import CHECKPOINT, load_model
 
 STAGES = ("read", "preprocess", "network", "export")
 
-# Small tiles are faster in a batch, large ones slower: with nnU-Net's network on one Xeon core, batches that fill 2**16
-# voxels took 0.2 to 0.9 of the time of single tiles, those of tiles larger than that 1.1 to 1.3 (docs/predict.md). A
+# On one Xeon core small tiles were mostly faster in a batch and large ones slower (docs/predict.md, noted by hand). A
 # fixed rule gives the same result in every run, which a measurement at the start would not.
 BATCH_VOXELS = 2**16
 # Predictions of constant tiles to remember; an image has one or two values that fill a tile.
