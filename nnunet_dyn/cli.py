@@ -41,7 +41,7 @@ COMMANDS = (
     Command(
         "predict",
         "nnunet_dyn.predict",
-        "segment images with an nnU-Net model, in less time and memory",
+        "segment images with an nnU-Net model, in less memory",
         "nnunet_dyn predict -d 501 -c 3d_fullres -f 0 -i IMAGES -o OUT",
     ),
     Command(

@@ -1,4 +1,4 @@
-"""`nnunet_dyn predict`: nnU-Net's prediction command with less time and memory, and the same segmentation."""
+"""`nnunet_dyn predict`: nnU-Net's prediction command in less memory, and the same segmentation."""
 
 from __future__ import annotations
 

@@ -1,17 +1,22 @@
 """`nnunet_dyn predict`: nnU-Net's files, its flags, and one line for what goes wrong."""
 
+import errno
+import gzip
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import models
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
@@ -186,6 +191,110 @@ def test_an_error_while_writing_leaves_no_half_written_file(model, images, tmp_p
     assert not [name for name in names(out) if "partial" in name]
 
 
+def test_a_tiff_has_its_spacing_beside_it(copy, tmp_path, capsys):
+    """In a file that nnU-Net's reader names after the segmentation."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    tifffile.imwrite(folder / "case_0000.tif", models.image((17, 20, 22))[0])
+    (folder / "case.json").write_text('{"spacing": [1.2, 1.0, 0.9]}')
+    use_ending(copy, ".tif")
+    plans = json.loads((copy / "plans.json").read_text()) | {"image_reader_writer": "Tiff3DIO"}
+    (copy / "plans.json").write_text(json.dumps(plans))
+    assert predict(copy, folder, tmp_path / "out") == 0
+    assert names(tmp_path / "out") == ["case.json", "case.tif", "dataset.json", "plans.json"]
+    assert json.loads((tmp_path / "out" / "case.json").read_text()) == {"spacing": [1.2, 1.0, 0.9]}
+    assert tifffile.imread(tmp_path / "out" / "case.tif").shape == (17, 20, 22)
+
+
+def test_a_full_disk_fails_one_case(model, images, tmp_path, monkeypatch, capsys):
+    """Asked for before the probabilities are mapped: writing to a mapped file that has no space kills the process."""
+    reserve, calls = os.posix_fallocate, []
+
+    def full_for_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(*arguments)
+
+    monkeypatch.setattr(os, "posix_fallocate", full_for_the_second)
+    assert predict(model, images, tmp_path / "out", "--save_probabilities") == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert line.startswith("failed: case_1: OSError") and "No space left" in line
+    written = [f"{case}{suffix}" for case in ("case_0", "case_2") for suffix in (".nii.gz", ".npz", ".pkl")]
+    assert names(tmp_path / "out") == sorted([*written, "dataset.json", "plans.json"])
+
+
+def change_header(path: Path, *changes: tuple[int, bytes]) -> None:
+    content = bytearray(path.read_bytes())
+    for start, value in changes:
+        content[start : start + len(value)] = value
+    path.write_bytes(content)
+
+
+def test_a_header_that_only_nibabel_refuses(copy, tmp_path, capsys):
+    """A rotation whose quaternion is too long, and no other; ITK scales it."""
+    folder = models.write_cases(tmp_path / "images", {"case": models.image((17, 20, 22))}, ending=".nii")
+    path = folder / "case_0000.nii"
+    change_header(path, (254, struct.pack("<h", 0)), (256, struct.pack("<3f", 0.8, 0.8, 0.8)))
+    with pytest.raises(ValueError, match="w2"):
+        nibabel.load(path)
+    use_ending(copy, ".nii")
+    assert predict(copy, folder, tmp_path / "out") == 0, capsys.readouterr().err
+    assert (tmp_path / "out" / "case.nii").is_file()
+
+
+def test_a_nifti_that_is_not_packed_though_its_name_says_so(model, images, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "case_0000.nii.gz").write_bytes(gzip.decompress((images / "case_0_0000.nii.gz").read_bytes()))
+    assert predict(model, folder, tmp_path / "out") == 0, capsys.readouterr().err
+    assert predict(model, images, tmp_path / "packed") == 0
+    ours, packed = (read(tmp_path / name) for name in ("out/case.nii.gz", "packed/case_0.nii.gz"))
+    assert (sitk.GetArrayFromImage(ours) == sitk.GetArrayFromImage(packed)).all()
+
+
+def test_files_of_another_naming_are_named(model, images, tmp_path, capsys):
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    for number in range(2):
+        (folder / f"case_{number}_0000.nii.gz").rename(folder / f"patient{number}.nii.gz")
+    (folder / "notes.txt").write_text("no image")
+    assert predict(model, folder, tmp_path / "out") == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Left out")]
+    assert "2 files" in line and "patient0.nii.gz, patient1.nii.gz;" in line and "case_0000.nii.gz" in line
+    (folder / "case_2_0000.nii.gz").unlink()
+    assert predict(model, folder, tmp_path / "none") == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "patient0.nii.gz, patient1.nii.gz. Rename them" in shown
+
+
+@pytest.mark.parametrize("way", ["read-only", "dataset.json is a folder"])
+def test_an_output_folder_that_cannot_be_written_to(model, images, tmp_path, monkeypatch, capsys, way):
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    if way == "read-only":  # not by the folder's mode, which root does not heed
+        monkeypatch.setattr("tempfile.mkdtemp", read_only)
+    else:
+        (out / "dataset.json").mkdir()
+    before = names(out)
+    assert predict(model, images, out) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"nnunet_dyn: Cannot write dataset.json and plans.json into {out}")
+    assert shown.err.count("\n") == 1 and not shown.out and names(out) == before
+
+
+def test_a_wrong_fold_is_found_before_the_cases(copy, images, tmp_path, capsys):
+    """Not only the first one: two folds are averaged."""
+    change_checkpoint(copy, fold=1, network_weights=MANY_OTHERS)
+    assert predict(copy, images, tmp_path / "out", "-f", 0, 1) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("nnunet_dyn: The checkpoint of fold number 1 does not fit")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_image_without_voxels(copy, tmp_path, capsys):
     """ITK writes none, so the header of a small file is changed to a size of 0."""
     folder = tmp_path / "images"
@@ -206,8 +315,8 @@ def copy(model, tmp_path) -> Path:
     return Path(shutil.copytree(model, tmp_path / "model"))
 
 
-def change_checkpoint(folder: Path, **changes) -> None:
-    path = folder / "fold_0" / "checkpoint_final.pth"
+def change_checkpoint(folder: Path, fold: int = 0, **changes) -> None:
+    path = folder / f"fold_{fold}" / "checkpoint_final.pth"
     content = torch.load(path, weights_only=False) | changes
     torch.save({key: value for key, value in content.items() if value is not None}, path)
 

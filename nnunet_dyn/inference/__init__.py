@@ -1,4 +1,4 @@
-"""Prediction with less time and memory than nnU-Net's own, and the same segmentation.
+"""Prediction with less memory than nnU-Net's own, and the same segmentation.
 
 from nnunet_dyn.inference import Predictor
 

@@ -83,26 +83,28 @@ class TorchEngine(Engine):
 
     Args:
         network: with deep supervision off.
-        parameters: a state dictionary per fold. They may be mapped from a file: ``load`` copies.
+        parameters: a state dictionary per fold. They may be mapped from a file: ``load`` copies. ``None``: one fold,
+            whose parameters the network has.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        parameters: Sequence[dict],
+        parameters: Sequence[dict] | None,
         device: torch.device,
         precision: str,
         threads: int | None = None,
     ):
-        super().__init__(precision, threads, len(parameters))
+        super().__init__(precision, threads, 1 if parameters is None else len(parameters))
         self.network = network.to(device).eval()
         self.parameters = parameters
         self.device = device
         self._loaded: int | None = None
 
     def load(self, fold: int) -> None:
-        if self._loaded == fold:
+        if self.parameters is None or self._loaded == fold:
             return
+        self._loaded = None  # an error may come when some tensors are copied
         try:
             getattr(self.network, "_orig_mod", self.network).load_state_dict(self.parameters[fold])
         except RuntimeError as error:

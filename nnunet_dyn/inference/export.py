@@ -6,6 +6,7 @@ where anything but background can win.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import tempfile
@@ -13,7 +14,9 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -25,8 +28,7 @@ from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_forn
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-# Logits of a slab, all classes together: 8 MB in fp32, more only where a single slice needs more. Slabs four times as
-# large were at most 15 % faster and took 190 MB more.
+# Logits of a slab, all classes together: 8 MB in fp32, more only where a single slice needs more.
 SLAB_ELEMENTS = 2**21
 
 
@@ -233,31 +235,69 @@ def _resample_on_disk(function: Callable, logits: torch.Tensor, new_shape, spaci
         values = np.asarray(function(logits[index : index + 1], new_shape, spacing, new_spacing))[0]
         if resampled is None:
             with tempfile.TemporaryFile() as file:
+                _reserve(file, len(logits) * values.nbytes)
                 resampled = np.memmap(file, values.dtype, "w+", shape=(len(logits), *values.shape))
         resampled[index] = values
     return torch.from_numpy(resampled)
 
 
+def _zeros_in_file(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros of ``shape``, float32, in the ``.npy`` file ``path``; OSError where the disk has no space for them."""
+    with open(path, "wb") as file:
+        header = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        _reserve(file, math.prod(shape) * np.dtype(np.float32).itemsize)
+    return np.lib.format.open_memmap(path, "r+")
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Append ``size`` zeros for which the disk has space.
+
+    Mapping a file that merely claims its size would kill the process (SIGBUS) where the disk is full.
+
+    Raises:
+        OSError: no space.
+    """
+    file.flush()
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(file.fileno(), file.tell(), size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # what some file systems say that cannot
+                raise
+    zeros = bytes(min(size, 2**20))
+    for start in range(0, size, 2**20):
+        file.write(zeros[: size - start])
+    file.flush()
+
+
 @contextmanager
-def replacing(path: Path, keep: bool = True) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; renamed to ``path`` at the end, removed after an error.
+def complete_files(folder: Path, last: str | None = None) -> Iterator[Path]:
+    """A temporary folder inside ``folder`` to write files to: moved to ``folder`` at the end, removed after an error.
+
+    A folder and not temporary names, because nnU-Net's readers name files beside the one they are asked to write.
 
     Args:
-        keep: ``False`` removes it in any case.
+        last: name of the file to move behind the others, which says that the case is complete.
+
+    Raises:
+        OSError: ``folder`` cannot be written to.
     """
-    temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        if keep:
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Its clean-up may leave files that are still mapped on a network drive; that is no reason to fail.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-", ignore_cleanup_errors=True) as temporary:
+        yield Path(temporary)
+        for path in sorted(Path(temporary).iterdir(), key=lambda path: (path.name == last, path.name)):
+            os.replace(path, folder / path.name)
 
 
 @contextmanager
 def probabilities_file(path: Path) -> Iterator[Callable[[tuple[int, ...]], np.ndarray]]:
     """``allocate_probabilities`` of ``segment`` for probabilities in ``path``, nnU-Net's ``.npz``, not in memory."""
-    with replacing(path.with_name(f"{path.name}.npy"), keep=False) as raw, replacing(path) as packed:
-        yield lambda shape: np.lib.format.open_memmap(raw, "w+", np.float32, shape)
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+    raw = path.with_name(f"{path.name}.npy")
+    try:
+        yield partial(_zeros_in_file, raw)
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.write(raw, "probabilities.npy")
+    finally:
+        raw.unlink(missing_ok=True)

@@ -20,18 +20,18 @@ from batchgenerators.utilities.file_and_folder_operations import save_json, save
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
 from tqdm import tqdm
 
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.inference.engines import Engine, TorchEngine, check_engine
-from nnunet_dyn.inference.export import probabilities_file, replacing, segment
+from nnunet_dyn.inference.export import complete_files, probabilities_file, segment
 from nnunet_dyn.inference.model_folder import CHECKPOINT, load_model
 
 STAGES = ("read", "preprocess", "network", "export")
 
-# Small tiles are faster in a batch, large ones slower: with nnU-Net's network on one Xeon core, batches that fill 2**16
-# voxels took 0.2 to 0.9 of the time of single tiles, those of tiles larger than that 1.1 to 1.3 (docs/predict.md). A
+# On one Xeon core small tiles were mostly faster in a batch and large ones slower (docs/predict.md, noted by hand). A
 # fixed rule gives the same result in every run, which a measurement at the start would not.
 BATCH_VOXELS = 2**16
 # Predictions of constant tiles to remember; an image has one or two values that fill a tile.
@@ -59,7 +59,7 @@ class Outcome:
 
     Attributes:
         case: the name of its files without channel and ending.
-        output: the segmentation that was written; not there if ``error`` is.
+        output: where the segmentation is written. With an ``error`` it is not: what is there, if anything, is older.
         seconds: per stage.
         error: what went wrong, in one line.
     """
@@ -161,12 +161,47 @@ class Predictor(nnUNetPredictor):
             model.dataset,
             model.trainer,
             model.mirroring_axes,
+            precision=precision,
+            threads=threads,
+        )
+
+    def manual_initialization(
+        self,
+        network: nn.Module,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        parameters: list[dict] | None,
+        dataset_json: dict,
+        trainer_name: str,
+        inference_allowed_mirroring_axes: tuple[int, ...] | None,
+        *,
+        precision: str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """As nnU-Net's.
+
+        Args:
+            network: with deep supervision off.
+            parameters: a state dictionary per fold; ``None`` predicts with those that the network has.
+
+        Raises:
+            JobError: parameters that do not fit the network.
+        """
+        super().manual_initialization(
+            network,
+            plans_manager,
+            configuration_manager,
+            parameters,
+            dataset_json,
+            trainer_name,
+            inference_allowed_mirroring_axes,
         )
         skip = {"resampling_fn_seg": "no_resampling_hack", "resampling_fn_seg_kwargs": {}}
-        self._image_only = ConfigurationManager(model.configuration.configuration | skip)
+        self._image_only = ConfigurationManager(configuration_manager.configuration | skip)
         precision = check_engine("torch", precision, self.device.type)
-        self.engine = TorchEngine(self.network, model.parameters, self.device, precision, threads)
-        self.engine.load(0)
+        self.engine = TorchEngine(self.network, parameters, self.device, precision, threads)
+        for fold in reversed(range(self.engine.folds)):  # each, so that a wrong one is found before the first case
+            self.engine.load(fold)
 
     # ------------------------------------------------------------------------------------------------ sliding window
 
@@ -199,32 +234,51 @@ class Predictor(nnUNetPredictor):
             torch.set_num_threads(before)
 
     @torch.inference_mode()
+    def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
+        """As nnU-Net's: (classes, *shape) in half precision from (C, *shape).
+
+        Raises:
+            JobError: logits that are not finite.
+        """
+        logits = super().predict_sliding_window_return_logits(input_image)
+        # Not before: nnU-Net would take the error for a lack of memory and predict once more.
+        if not all(bool(of_class.isfinite().all()) for of_class in logits):
+            raise JobError(
+                "The network gave logits that are NaN or too large for half precision; expected finite ones. Check "
+                "the checkpoint, and that the images are like those of the training."
+            )
+        return logits
+
+    @torch.inference_mode()
     def _internal_predict_sliding_window_return_logits(
         self, data: torch.Tensor, slicers: list[tuple], do_on_device: bool = True
     ) -> torch.Tensor:
         """nnU-Net's accumulation: half precision, its order of tiles. Anything else would change some voxels."""
         device = self.device if do_on_device else torch.device("cpu")
-        data = data.to(device)
-        logits = torch.zeros(
-            (self.label_manager.num_segmentation_heads, *data.shape[1:]), dtype=torch.half, device=device
-        )
-        weights = torch.zeros(data.shape[1:], dtype=torch.half, device=device)
-        gaussian = 1
-        if self.use_gaussian:
-            patch = tuple(self.configuration_manager.patch_size)
-            gaussian = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=10, device=device)
-        with tqdm(total=len(slicers), disable=None if self.allow_tqdm else True, leave=False, unit="tile") as bar:
-            for slicer, prediction in self._predict_tiles(data, slicers):
-                logits[slicer] += prediction.to(device) * gaussian
-                weights[slicer[1:]] += gaussian
-                bar.update()
-        for of_class in logits:
-            of_class /= weights
-            if not bool(of_class.isfinite().all()):
-                raise JobError(
-                    "The network gave logits that are NaN or too large for half precision; expected finite ones. Check "
-                    "the checkpoint, and that the images are like those of the training."
-                )
+        logits = weights = prediction = None
+        try:
+            data = data.to(device)
+            logits = torch.zeros(
+                (self.label_manager.num_segmentation_heads, *data.shape[1:]), dtype=torch.half, device=device
+            )
+            weights = torch.zeros(data.shape[1:], dtype=torch.half, device=device)
+            gaussian = 1
+            if self.use_gaussian:
+                patch = tuple(self.configuration_manager.patch_size)
+                gaussian = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=10, device=device)
+            with tqdm(total=len(slicers), disable=None if self.allow_tqdm else True, leave=False, unit="tile") as bar:
+                for slicer, prediction in self._predict_tiles(data, slicers):
+                    logits[slicer] += prediction.to(device) * gaussian
+                    weights[slicer[1:]] += gaussian
+                    bar.update()
+            for of_class in logits:
+                of_class /= weights
+        except RuntimeError as error:
+            # nnU-Net takes it for a lack of memory and tries again on the CPU while it handles the error, whose
+            # traceback would keep the tensors of all these frames on the device.
+            traceback.clear_frames(error.__traceback__)
+            data = logits = weights = prediction = of_class = None
+            raise
         return logits
 
     def _predict_tiles(self, data: torch.Tensor, slicers: list[tuple]) -> Iterator[tuple[tuple, torch.Tensor]]:
@@ -398,7 +452,8 @@ class Predictor(nnUNetPredictor):
             report: called after each case with its number from 1, their number, and its outcome.
 
         Raises:
-            UsageError: a folder or part that is not there, or a folder without images.
+            UsageError: a folder or part that is not there, a folder without images, or an output folder that cannot be
+                written to.
         """
         if not 0 <= part_id < num_parts:
             raise UsageError(f"Got part {part_id} of {num_parts}; expected 0 to {num_parts - 1}.")
@@ -418,9 +473,15 @@ class Predictor(nnUNetPredictor):
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"Cannot make the folder {output}: {error.strerror}. Name another.") from error
-        for name, content in (("dataset.json", self.dataset_json), ("plans.json", self.plans_manager.plans)):
-            with replacing(output / name) as temporary:  # nnU-Net's evaluation and postprocessing look for them
-                save_json(content, str(temporary), sort_keys=False)
+        try:
+            with complete_files(output) as folder:  # nnU-Net's evaluation and postprocessing look for them
+                for name, content in (("dataset.json", self.dataset_json), ("plans.json", self.plans_manager.plans)):
+                    save_json(content, str(folder / name), sort_keys=False)
+        except OSError as error:
+            raise UsageError(
+                f"Cannot write dataset.json and plans.json into {output}: {error.strerror}. Expected a folder that "
+                "takes files of these names; make it writable, or name another."
+            ) from error
         for number, (outcome, channels) in enumerate(zip(outcomes, files, strict=True), 1):
             try:
                 before = previous_stage and Path(previous_stage, f"{outcome.case}{ending}")
@@ -447,18 +508,18 @@ class Predictor(nnUNetPredictor):
                 before, _ = _read(reader.read_seg, str(previous_stage))
         image = [image]
         with ExitStack() as stack:
+            folder = stack.enter_context(complete_files(outcome.output.parent, last=outcome.output.name))
+            packing = stack.enter_context(ExitStack())
             allocate = None
             if save_probabilities:
-                npz = outcome.output.with_name(f"{outcome.case}.npz")
-                allocate = stack.enter_context(probabilities_file(npz))
-            segmentation, _ = self._predict_case(image, properties, before, outcome.seconds, allocate)
+                allocate = packing.enter_context(probabilities_file(folder / f"{outcome.case}.npz"))
+            segmentation = self._predict_case(image, properties, before, outcome.seconds, allocate)[0]
             with _timed(outcome.seconds, "export"):
-                stack.close()
+                packing.close()
                 if save_probabilities:
-                    with replacing(outcome.output.with_name(f"{outcome.case}.pkl")) as temporary:
-                        save_pickle(properties, str(temporary))
-                with replacing(outcome.output) as temporary:
-                    reader.write_seg(segmentation, str(temporary), properties)
+                    save_pickle(properties, str(folder / f"{outcome.case}.pkl"))
+                reader.write_seg(segmentation, str(folder / outcome.output.name), properties)
+                stack.close()
 
 
 def constant_values(tile: torch.Tensor) -> tuple[float, ...] | None:
@@ -471,6 +532,8 @@ def constant_values(tile: torch.Tensor) -> tuple[float, ...] | None:
 def list_cases(images: str | Path | Sequence[Sequence[str | Path]], ending: str) -> list[tuple[str, list[Path]]]:
     """Name and channel files of each case; of a folder, in the order of their names.
 
+    Files with the ending but another naming are left out, with a line on standard error.
+
     Raises:
         UsageError: no folder, or nothing in it that nnU-Net would take for an image.
     """
@@ -481,12 +544,21 @@ def list_cases(images: str | Path | Sequence[Sequence[str | Path]], ending: str)
     if not folder.is_dir():
         raise UsageError(f"No folder {folder}; expected one with images named as case_0000{ending}.")
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob(f"*_[0-9][0-9][0-9][0-9]{ending}")):
-        found.setdefault(path.name[: -len(ending) - 5], []).append(path)
+    others = []
+    for path in sorted(folder.glob(f"*{ending}")):
+        if path.match(f"*_[0-9][0-9][0-9][0-9]{ending}"):
+            found.setdefault(path.name[: -len(ending) - 5], []).append(path)
+        else:
+            others.append(path.name)
+    named = f"{len(others)} file{'s' * (len(others) != 1)} without a channel in the name: {', '.join(others[:3])}"
+    named += ", …" if len(others) > 3 else ""
     if not found:
         raise UsageError(
             f"{folder} has no images; expected names as case_0000{ending}, the ending of the training data."
+            + (f" It has {named}. Rename them." if others else "")
         )
+    if others:
+        print(f"Left out {named}; expected names as case_0000{ending}.", file=sys.stderr)
     return sorted(found.items())
 
 
@@ -507,20 +579,29 @@ def _read(read: Callable, files: list[str] | str) -> tuple[np.ndarray, dict]:
 
 
 def _check_complete(name: str) -> None:
-    """Raise where a NIfTI file ends too early: ITK fills what is missing with zeros and says nothing."""
+    """Refuse a NIfTI file that ends too early: ITK fills what is missing with zeros and says nothing.
+
+    What else may be wrong with the file is for the reader to say, which takes some that neither gzip nor nibabel does.
+
+    Raises:
+        EOFError, zlib.error: there is too little, or it cannot be unpacked.
+    """
     if not name.endswith((".nii", ".nii.gz")):
         return
     import nibabel
 
     size = 0
-    with (gzip.open if name.endswith(".gz") else open)(name, "rb") as file:
-        while part := file.read(2**20):
-            size += len(part)
+    try:
+        with (gzip.open if name.endswith(".gz") else open)(name, "rb") as file:
+            while part := file.read(2**20):
+                size += len(part)
+    except OSError:  # such as one that is called .gz and is not packed
+        return
     try:
         header = nibabel.load(name)
-    except nibabel.filebasedimages.ImageFileError:  # the reader says whether it can do more
+        expected = header.dataobj.offset + math.prod(header.shape) * header.get_data_dtype().itemsize
+    except Exception:  # nibabel has many, also for headers that ITK reads
         return
-    expected = header.dataobj.offset + math.prod(header.shape) * header.get_data_dtype().itemsize
     if size < expected:
         raise EOFError(f"truncated, {size} of {expected} bytes are there. Copy it again.")
 

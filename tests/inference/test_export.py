@@ -1,5 +1,7 @@
 """Resampling and argmax in slabs: nnU-Net's result, from a fraction of its memory."""
 
+import errno
+import os
 import tracemalloc
 from functools import partial
 
@@ -186,14 +188,47 @@ def test_the_peak_is_below_all_class_logits_at_full_size(cubic, monkeypatch):
     assert ours.bytes < stock.bytes / (2 if cubic else 5)
 
 
-def test_a_file_appears_complete_or_not_at_all(tmp_path):
-    path = tmp_path / "case.nii.gz"
-    with export.replacing(path) as temporary:
-        assert temporary.parent == tmp_path and temporary.name.endswith(".nii.gz")
-        temporary.write_bytes(b"new")
-        assert not path.exists()
-    assert path.read_bytes() == b"new"
-    with pytest.raises(OSError, match="no space"), export.replacing(path) as temporary:
-        temporary.write_bytes(b"half of it")
+def test_files_appear_complete_or_not_at_all(tmp_path, monkeypatch):
+    """Under their names, so that what a reader writes beside the segmentation has its name too; that one last."""
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (moved.append(target.name), replace(source, target)))
+    with export.complete_files(tmp_path, last="a.tif") as folder:
+        assert folder.parent == tmp_path and folder.name.startswith(".partial-")
+        for name in ("a.tif", "a.json", "z.npz"):
+            (folder / name).write_bytes(b"new")
+        assert list(tmp_path.iterdir()) == [folder]
+    assert moved == ["a.json", "z.npz", "a.tif"]
+    with pytest.raises(OSError, match="no space"), export.complete_files(tmp_path) as folder:
+        (folder / "a.tif").write_bytes(b"half of it")
         raise OSError("no space left")
-    assert [p.name for p in tmp_path.iterdir()] == ["case.nii.gz"] and path.read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(moved)
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"new"}
+
+
+def test_a_full_disk_is_an_error_before_a_file_is_mapped(monkeypatch):
+    """Here under a cubic function, which resamples into a file."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cubic = ("resample_data_or_seg_to_shape", {**models.LINEAR, "order": 3})
+    logits, *arguments = case(*SIZES["larger"], resampling=cubic)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        export.segment(logits, *arguments)
+
+
+@pytest.mark.parametrize("way", ["no such call", "not on this file system"])
+def test_space_is_taken_by_writing_where_it_cannot_be_reserved(tmp_path, monkeypatch, way):
+    def cannot(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    if way == "no such call":
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", cannot)
+    with open(tmp_path / "file", "w+b") as file:
+        file.write(b"head")
+        export._reserve(file, 2**20 + 5)
+    assert (tmp_path / "file").read_bytes() == b"head" + bytes(2**20 + 5)
+    assert (tmp_path / "file").stat().st_blocks * 512 >= 2**20

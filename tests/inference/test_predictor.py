@@ -1,5 +1,8 @@
 """The segmentation is nnU-Net's, whatever the model and the image are like."""
 
+import gc
+import itertools
+
 import models
 import numpy as np
 import pytest
@@ -9,6 +12,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.inference import Predictor
 from nnunet_dyn.inference import predictor as module
+from nnunet_dyn.inference.engines import TorchEngine
+from nnunet_dyn.inference.model_folder import load_model
 
 SMALLEST_AGREEMENT = 0.9999
 
@@ -219,10 +224,75 @@ def test_images_that_cannot_be_predicted(tmp_path, array, spacing, expected):
 
 
 def test_logits_that_are_not_finite_are_an_error(tmp_path):
+    """At once: nnU-Net predicts again on the CPU after a RuntimeError of its sliding window, which would not help."""
     folder = models.write_model(tmp_path / "model")
     predictor = Predictor.from_folder(folder, device="cpu")
+    predictor.perform_everything_on_device = True  # what a GPU has; turns nnU-Net's second attempt on
+    batches = count(predictor)
     with torch.no_grad():
         for parameter in predictor.engine.network.parameters():
             parameter.fill_(float("nan"))
     with pytest.raises(JobError, match="NaN or too large"):
         predictor.predict(models.image((16, 16, 16)), (1, 1, 1))
+    assert sum(batches) == 8
+
+
+def large_tensors(elements: int) -> int:
+    """Tensors that are alive and have at least so many elements."""
+    gc.collect()
+    return sum(type(thing) is torch.Tensor and thing.numel() >= elements for thing in gc.get_objects())
+
+
+def test_the_logits_are_freed_before_nnunet_tries_again(tmp_path, monkeypatch):
+    """Where memory was lacking, the second attempt must not find the tensors of the first one."""
+    predictor = Predictor.from_folder(models.write_model(tmp_path / "model"), device="cpu")
+    predictor.perform_everything_on_device = True
+    data = torch.from_numpy(models.image((16, 16, 48)))
+    expected = predictor.predict_logits_from_preprocessed_data(data)
+    infer, size, alive, calls = predictor.engine.infer, expected.numel(), [], itertools.count(1)
+
+    def lack_memory(tiles):
+        call = next(calls)
+        held = torch.zeros(size)  # what a network holds when it fails
+        if call in (9, 10):  # in the second tile, and at the start of the second attempt
+            alive.append(large_tensors(size))
+        if call == 9:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        del held
+        return infer(tiles)
+
+    monkeypatch.setattr(predictor.engine, "infer", lack_memory)
+    monkeypatch.setattr(module, "BATCH_VOXELS", 1)
+    logits = predictor.predict_logits_from_preprocessed_data(data)
+    torch.testing.assert_close(logits, expected, atol=2e-3, rtol=2e-3)
+    assert next(calls) == 9 + 5 * 8 + 1 and len(alive) == 2 and alive[0] == alive[1]
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["parameters", "the network's own"])
+def test_manual_initialization(tmp_path, given):
+    """nnU-Net's other way to make a predictor: from a network in memory."""
+    folder = models.write_model(tmp_path / "model", spacing=(1.2, 1, 1))
+    model = load_model(folder)
+    weights = model.parameters[0]
+    if not given:
+        model.network.load_state_dict(weights)
+    predictor = Predictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.manual_initialization(model.network, model.plans, model.configuration, [weights] if given else None,
+                                    model.dataset, model.trainer, model.mirroring_axes)  # fmt: skip
+    array = models.image((16, 20, 18))
+    expected = Predictor.from_folder(folder, device="cpu").predict(array, (1, 1, 1)).segmentation
+    assert agreement(predictor.predict(array, (1, 1, 1)).segmentation, expected) == 1
+    assert len(np.unique(expected)) > 2
+
+
+def test_the_parameters_after_a_fold_that_does_not_fit():
+    """torch copies the tensors that fit before it says that one does not."""
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    right = {name: torch.ones_like(value) for name, value in network.state_dict().items()}
+    wrong = {name: torch.zeros(2, 2) for name in right}  # not the shape of a bias
+    engine = TorchEngine(network, [right, wrong], torch.device("cpu"), "fp32")
+    engine.load(0)
+    with pytest.raises(JobError, match="fold number 1 does not fit"):
+        engine.load(1)
+    engine.load(0)
+    assert all(bool((value == 1).all()) for value in network.state_dict().values())
