@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import inf, isinf
 
 import numpy as np
 
-#: A threshold that no probability exceeds.
-NEVER = 2.0
+#: A threshold that nothing exceeds.
+NEVER = inf
 #: The policy's own choice between two; no threshold is set below it.
 _EVEN = 0.5
 #: How far a threshold lies above the probability that sets it, in logits: another batch size, device or precision
@@ -48,6 +49,11 @@ class Calibration:
     def is_useless(self) -> bool:
         """Whether hardly any slice can be skipped or cropped."""
         return self.skipped + self.cropped < 0.01
+
+    def to_json(self) -> dict:
+        """The fields as JSON has them, which knows no infinity: a threshold of :data:`NEVER` is ``None``."""
+        thresholds = {"skip_threshold": self.skip_threshold, "crop_threshold": self.crop_threshold}
+        return asdict(self) | {name: None if isinf(value) else value for name, value in thresholds.items()}
 
     def __str__(self) -> str:
         case, label, share = self.worst

@@ -1,5 +1,8 @@
 """When slices may be skipped or cropped, on evidence made by hand."""
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from nnunet_dyn.safety import NEVER, Evidence
@@ -82,6 +85,13 @@ def test_where_nothing_can_be_left_out_it_says_so():
     found = evidence(*[(0.9, 0.9, "a", ("1", n, 50, 50)) for n in range(4)]).calibrate(1)
     assert found.is_useless and "nothing can be left out safely" in str(found)
     assert found.skipped == found.cropped == 0
+
+
+def test_what_is_never_done_is_null_in_json():
+    found = replace(evidence((0.9, 0.1, "a", ("1", 1, 500, 0))).calibrate(1), crop_threshold=NEVER)
+    text = json.dumps(found.to_json(), allow_nan=False)
+    assert json.loads(text)["crop_threshold"] is None
+    assert json.loads(text)["skip_threshold"] == found.skip_threshold
 
 
 def test_cases_without_foreground_and_none_at_all():

@@ -540,16 +540,16 @@ class MedDANetV2(nn.Module):
         view = self._view(x)
         decisions = []
         skip_above, crop_above = self.skip_threshold.item(), self.crop_threshold.item()
-        if self.policy is None:
-            probabilities = [[1.0]] * len(x)
-        else:
-            probabilities = torch.softmax(self.policy(view).float(), 1).tolist()
+        scores = x.new_zeros(len(x), 1) if self.policy is None else self.policy(view).float()
+        skips = torch.softmax(scores, 1)[:, space.index("skip")].tolist() if "skip" in space else [0.0] * len(x)
+        # A softmax of their own: dividing by 1 - skip would exceed 1 where that is rounded to nothing.
+        segmenting = [choice for choice in space if choice != "skip"]
+        others = torch.softmax(scores[:, [space.index(choice) for choice in segmenting]], 1).tolist()
         best_crops = []
-        for row in probabilities:
-            by_choice = dict(zip(space, row, strict=True))
-            skip = by_choice.get("skip", 0.0)
+        for skip, row in zip(skips, others, strict=True):
+            by_choice = dict(zip(segmenting, row, strict=True))
             best = max(crops, key=by_choice.get, default=None)
-            crop = 0.0 if best is None else by_choice[best] / max(1 - skip, 1e-12)
+            crop = by_choice.get(best, 0.0)
             action = "whole"
             if skip > skip_above:
                 action = "skip"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, combinations
 from pathlib import Path
@@ -324,7 +324,7 @@ class MedDANetTrainer(DynTrainer):
             if self.fold == "all":
                 self.print_to_log_file("Fold all has no cases of its own for this: expect less on new ones.")
             if self.local_rank == 0:
-                text = json.dumps(asdict(calibration), indent=1)
+                text = json.dumps(calibration.to_json(), indent=1, allow_nan=False)
                 Path(self.output_folder, "calibration.json").write_text(text, encoding="utf-8")
         super().on_train_end()
 

@@ -1,5 +1,6 @@
 """Med-DANet V2: crop and restoration, decisions and their execution, costs, and what a training pass returns."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -273,6 +274,16 @@ def test_what_is_not_chosen_does_not_run():
     force(network, 2.3, -0.1, 0.1)  # 0.83 with a threshold of 0.9
     network.skip_threshold.fill_(0.85)
     assert network.decide(x)[0].review and network.decide(x)[0].action == "whole"
+
+
+def test_a_policy_that_is_sure_of_skipping_does_not_crop_uncalibrated():
+    network = build()
+    x = torch.randn(1, 2, *PATCH)
+    for skip in (16.0, 30.0, 500.0):  # where 1 - skip is rounded to little or nothing
+        force(network, skip, 2.0, 0.0)
+        (decision,) = network.decide(x)
+        assert decision.action == "whole" and decision.skip_probability > 0.999999
+        assert decision.crop_probability == pytest.approx(1 / (1 + math.exp(-2.0)))
 
 
 def test_regions_are_all_negative_where_a_slice_is_skipped():
