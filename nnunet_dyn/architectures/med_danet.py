@@ -715,8 +715,15 @@ class MedDANetV2(nn.Module):
     def _count(self, size: Size) -> dict[str, int]:
         """Multiply-accumulates of every module, for one slice of ``size`` that is segmented whole."""
         if size not in self._counts:
-            with torch.inference_mode(False):  # within it operators pass by the counter
-                self._counts[size] = count_operations(self, (1, self.input_channels, *size)).by_module
+            # What a slice costs is what inference computes; and in training mode SyncBatchNorm refuses the meta device.
+            modes = {module: module.training for module in self.modules()}
+            self.eval()
+            try:
+                with torch.inference_mode(False):  # within it operators pass by the counter
+                    self._counts[size] = count_operations(self, (1, self.input_channels, *size)).by_module
+            finally:
+                for module, mode in modes.items():
+                    module.training = mode
         return self._counts[size]
 
     @property

@@ -7,6 +7,7 @@ import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from plans import arch_kwargs
+from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -367,6 +368,20 @@ def test_costs_by_hand():
     force(network, 9.0, 0.0, 0.0)
     network.skip_threshold.fill_(0.5)
     assert network.decide(x)[0].cost == deciding[0]
+
+
+def test_costs_are_those_of_inference_under_synchronised_batch_norm(tmp_path):
+    expected = build().deciding_macs(PATCH), build().stage_macs(PATCH, (32, 32))
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(build())
+    network.enter(replace(EVERYTHING, learns=frozenset({"policy"})))
+    network.train()
+    modes = [module.training for module in network.modules()]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        assert (network.deciding_macs(PATCH), network.stage_macs(PATCH, (32, 32))) == expected
+    finally:
+        dist.destroy_process_group()
+    assert [module.training for module in network.modules()] == modes and True in modes and False in modes
 
 
 def test_the_papers_network_costs_what_the_paper_says():
