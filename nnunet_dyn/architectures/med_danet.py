@@ -366,8 +366,7 @@ class MedDANetV2(nn.Module):
             else:
                 channels.pop()
             self.selectors.extend(BitSelector(c, input_channels, len(self.options.bits)) for c in channels)
-        self.register_buffer("background_logits", torch.full((num_classes,), -SKIP_LOGIT))
-        self.set_regions(False)
+        self.labels = _Labels()
         # An untrained, uncalibrated network segments everything in full.
         self.register_buffer("skip_threshold", torch.tensor(NEVER))
         self.register_buffer("crop_threshold", torch.tensor(NEVER))
@@ -380,10 +379,15 @@ class MedDANetV2(nn.Module):
 
     def set_regions(self, regions: bool) -> None:
         """Say whether the classes are regions, none of which is the background."""
-        if not regions:
-            self.background_logits[0] = SKIP_LOGIT
-        else:
-            self.background_logits.fill_(-SKIP_LOGIT)
+        self.labels.seg_layers.are_regions.fill_(regions)
+
+    @property
+    def background_logits(self) -> torch.Tensor:
+        """The logits of a skipped slice's voxels, ``(num_classes,)``."""
+        are_regions = self.labels.seg_layers.are_regions
+        logits = torch.full((self.num_classes,), -SKIP_LOGIT, device=are_regions.device)
+        logits[0] = torch.where(are_regions, -SKIP_LOGIT, SKIP_LOGIT)
+        return logits
 
     def check_patch(self, patch: Sequence[int]) -> None:
         """Check that slices of ``patch`` voxels can be segmented whole and in crops.
@@ -730,6 +734,16 @@ class MedDANetV2(nn.Module):
     def selector_macs(self) -> int:
         """Multiply-accumulates of all selectors' linear layers."""
         return sum(selector.linear.weight.numel() for selector in self.selectors)
+
+
+class _Labels(nn.Module):
+    """Whether the classes are regions, as a buffer: prediction loads weights and knows no more of the labels."""
+
+    def __init__(self):
+        super().__init__()
+        # nnU-Net passes over keys with ".seg_layers." when it loads pretrained weights, whose labels are others.
+        self.seg_layers = nn.Module()
+        self.seg_layers.register_buffer("are_regions", torch.tensor(False))
 
 
 class _Tail(nn.Module):

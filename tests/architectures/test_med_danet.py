@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from plans import arch_kwargs
 from torch import distributed as dist
 from torch import nn
@@ -304,6 +305,18 @@ def test_decisions_travel_with_the_weights():
     assert again.decide(x) == network.decide(x)
     with torch.no_grad():
         assert torch.equal(again(x), network(x))
+    assert again.background_logits.tolist() == [-8] * 3
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_pretrained_weights_of_other_labels_load(regions, tmp_path):
+    pretrained, network = build(classes=4), build(classes=3, seed=1)
+    pretrained.set_regions(not regions)
+    network.set_regions(regions)
+    torch.save({"network_weights": pretrained.state_dict()}, tmp_path / "checkpoint.pth")
+    load_pretrained_weights(network, tmp_path / "checkpoint.pth")
+    assert torch.equal(network.backbone.encoder.stem.weight, pretrained.backbone.encoder.stem.weight)
+    assert network.background_logits.tolist() == ([-8] * 3 if regions else [8, -8, -8])
 
 
 @pytest.mark.parametrize(
