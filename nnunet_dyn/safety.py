@@ -19,7 +19,7 @@ NEVER = inf
 _EVEN = 0.5
 #: How far a threshold lies above the probability that sets it, in logits: another batch size, device or precision
 #: gives the same slice another last digit.
-_MARGIN = 0.01
+_MARGIN = 0.1
 
 
 @dataclass(frozen=True)

@@ -471,7 +471,7 @@ class MedDANetV2(nn.Module):
         if x.is_meta:  # sizes and costs only: what can be had without looking at the slice
             for network in (self.policy, self.position):
                 if network is not None:
-                    network(self._view(x))
+                    network(self._view(x))  # autocast does not know the meta device
             return self.segment_whole(x)
         if self.training:
             if self.phase is None:
@@ -486,9 +486,9 @@ class MedDANetV2(nn.Module):
         return logits
 
     def _view(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` as the policy and the position network see it."""
+        """``x`` as the policy and the position network see it, in single precision."""
         size = [max(_SMALLEST_VIEW, -(-side // self.options.view_stride)) for side in x.shape[2:]]
-        return F.adaptive_avg_pool2d(x, size)
+        return F.adaptive_avg_pool2d(x.float(), size)
 
     def segment_whole(self, x: torch.Tensor) -> torch.Tensor:
         """The U-Net as it is, in full precision: ``(B, C, H, W)`` → logits."""
@@ -544,7 +544,7 @@ class MedDANetV2(nn.Module):
         view = self._view(x)
         decisions = []
         skip_above, crop_above = self.skip_threshold.item(), self.crop_threshold.item()
-        scores = x.new_zeros(len(x), 1) if self.policy is None else self.policy(view).float()
+        scores = x.new_zeros(len(x), 1) if self.policy is None else self.score(view)
         skips = torch.softmax(scores, 1)[:, space.index("skip")].tolist() if "skip" in space else [0.0] * len(x)
         # A softmax of their own: dividing by 1 - skip would exceed 1 where that is rounded to nothing.
         segmenting = [choice for choice in space if choice != "skip"]
@@ -577,9 +577,19 @@ class MedDANetV2(nn.Module):
                 decisions[index] = replace(decisions[index], box=box)
         return decisions
 
+    def score(self, view: torch.Tensor) -> torch.Tensor:
+        """The policy's logits, ``(B, choices)``."""
+        return self._precisely(self.policy, view)
+
     def place(self, view: torch.Tensor) -> torch.Tensor:
         """Where crops lie, 0 to 1 of the room they have, per axis: ``(B, 2)``."""
-        return torch.sigmoid(self.position(view).float())
+        return torch.sigmoid(self._precisely(self.position, view))
+
+    @staticmethod
+    def _precisely(network: nn.Module, view: torch.Tensor) -> torch.Tensor:
+        """Run what decides in single precision: half of it moves scores by more than a threshold's margin."""
+        with torch.autocast(view.device.type, enabled=False):
+            return network(view)
 
     def _boxes(self, places: torch.Tensor, patch: Size, crops: Sequence[int]) -> list[Box]:
         boxes = []
@@ -599,7 +609,7 @@ class MedDANetV2(nn.Module):
         best = [self.options.crops[0]] * len(x)
         if len(self.options.crops) > 1:
             columns = [self.options.policy_space.index(crop) for crop in self.options.crops]
-            best = [self.options.crops[index] for index in self.policy(view)[:, columns].argmax(1).tolist()]
+            best = [self.options.crops[index] for index in self.score(view)[:, columns].argmax(1).tolist()]
         return decisions, self._boxes(self.place(view), tuple(x.shape[2:]), best)
 
     @torch.no_grad()
@@ -653,7 +663,7 @@ class MedDANetV2(nn.Module):
         view = self._view(x)
         choice, outputs = x.new_ones(len(x), 1), {}
         if self.policy is not None:
-            scores = outputs["scores"] = self.policy(view).float()
+            scores = outputs["scores"] = self.score(view)
             if "policy" in self.phase.learns:
                 choice = straight_through(F.gumbel_softmax(scores))
             else:

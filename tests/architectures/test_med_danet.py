@@ -288,6 +288,18 @@ def test_a_policy_that_is_sure_of_skipping_does_not_crop_uncalibrated():
         assert decision.crop_probability == pytest.approx(1 / (1 + math.exp(-2.0)))
 
 
+def test_decisions_do_not_hang_on_autocast():
+    network = build(policy_space=["skip", 16, 32, "whole"])
+    network.crop_threshold.fill_(0.0)
+    x = torch.randn(4, 2, *PATCH)
+    expected = network.decide(x), network.probe(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (network.decide(x), network.probe(x)) == expected
+        network.train().enter(EVERYTHING)
+        assert network(x)["scores"].dtype == torch.float32
+    assert expected[0][0].action == "crop"
+
+
 def test_regions_are_all_negative_where_a_slice_is_skipped():
     network = build()
     network.set_regions(True)
