@@ -318,6 +318,15 @@ class MedDANetTrainer(DynTrainer):
     # --- calibration ---
 
     def on_train_end(self) -> None:
+        try:
+            self._calibrate_and_report()
+        except Exception as error:  # a training of days must be saved whatever fails here
+            self.module.skip_threshold.fill_(NEVER)
+            self.module.crop_threshold.fill_(NEVER)
+            self.print_to_log_file(f"Calibration failed, the network will not skip or crop: {error!r}")
+        super().on_train_end()
+
+    def _calibrate_and_report(self) -> None:
         calibration = self.calibrate()
         if calibration is not None:
             self.print_to_log_file(calibration)
@@ -326,7 +335,6 @@ class MedDANetTrainer(DynTrainer):
             if self.local_rank == 0:
                 text = json.dumps(calibration.to_json(), indent=1, allow_nan=False)
                 Path(self.output_folder, "calibration.json").write_text(text, encoding="utf-8")
-        super().on_train_end()
 
     @torch.no_grad()
     def calibrate(self) -> Calibration | None:
@@ -334,6 +342,9 @@ class MedDANetTrainer(DynTrainer):
 
         Returns:
             What was found, or ``None`` for a network that neither skips nor crops.
+
+        Raises:
+            RuntimeError: it failed; under DDP in every process, so that none waits for another.
         """
         network = self.module
         if network.policy is None and network.position is None:
@@ -341,24 +352,34 @@ class MedDANetTrainer(DynTrainer):
         network.eval()
         network.skip_threshold.fill_(NEVER)
         network.crop_threshold.fill_(NEVER)
-        _, keys = self.do_split()
-        evidence, found = Evidence(), [None]
+        found: list[Calibration | str | None] = [None]
         if self.local_rank == 0:
-            dataset = self.dataset_class(self.preprocessed_dataset_folder, keys)
-            with self._autocast():
-                for key in dataset.identifiers:
-                    self._observe(evidence, key, *dataset.load_case(key)[:2])
-            manager = self.label_manager
-            labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-            always_crops = "whole" not in network.options.policy_space
-            found[0] = evidence.calibrate(
-                len(keys), [str(label) for label in labels], self.min_coverage, self.min_component, always_crops
-            )
+            try:
+                found[0] = self._find_thresholds()
+            except Exception as error:
+                if not self.is_ddp:
+                    raise
+                found[0] = repr(error)
         if self.is_ddp:
             dist.broadcast_object_list(found)
+        if isinstance(found[0], str):
+            raise RuntimeError(f"The first process got {found[0]}; expected thresholds. See its log.")
         network.skip_threshold.fill_(found[0].skip_threshold)
         network.crop_threshold.fill_(found[0].crop_threshold)
         return found[0]
+
+    def _find_thresholds(self) -> Calibration:
+        _, keys = self.do_split()
+        dataset = self.dataset_class(self.preprocessed_dataset_folder, keys)
+        evidence = Evidence()
+        with self._autocast():
+            for key in dataset.identifiers:
+                self._observe(evidence, key, *dataset.load_case(key)[:2])
+        manager = self.label_manager
+        labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+        always_crops = "whole" not in self.module.options.policy_space
+        names = [str(label) for label in labels]
+        return evidence.calibrate(len(keys), names, self.min_coverage, self.min_component, always_crops)
 
     def _observe(self, evidence: Evidence, case: str, data, segmentation) -> None:
         """Add every tile of a case, ``data: (C, Z, H, W)`` and ``segmentation: (1, Z, H, W)``."""

@@ -360,6 +360,24 @@ def test_calibration_does_not_trust_a_policy_that_errs(prepared):
     assert found.skipped == 0 and found.is_useless
 
 
+def test_a_calibration_that_fails_does_not_cost_the_training(prepared, tmp_path):
+    trainer = start(prepared(f"{NAME}_3epochs_1iters"))
+    trainer.network.skip_threshold.fill_(0.6)
+
+    def fails(*_):
+        trainer.network.crop_threshold.fill_(0.6)
+        raise MemoryError("no room for the case")
+
+    trainer._observe = fails
+    trainer.current_epoch = 3
+    trainer.on_train_end()
+    folder = next((tmp_path / "results").rglob("fold_all"))
+    weights = torch.load(folder / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    assert weights["skip_threshold"] == weights["crop_threshold"] == NEVER
+    log = next(folder.glob("training_log*")).read_text()
+    assert "Calibration failed, the network will not skip or crop: MemoryError('no room for the case')" in log
+
+
 class SkipsTilesAt:
     """In the place of ``_probe_mirrored``: sure to skip the tiles in which the first voxel's value says so."""
 
