@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
+from math import log, prod
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -35,6 +35,8 @@ SKIP_LOGIT = 8.0
 #: Both sides of a slice are at least this long where the policy and the position network see it: four of their five
 #: halvings leave batch normalisation more than one value even for a batch of one.
 _SMALLEST_VIEW = 64
+#: How near to a threshold a decision deserves a look, in logits.
+_REVIEW = 0.5
 
 Size = tuple[int, int]
 Box = tuple[Size, Size]
@@ -162,7 +164,8 @@ class Decision:
         cost: multiply-accumulates as in :mod:`nnunet_dyn.accounting`, those of a stage times its bits / 32, with the
             networks that decide.
         skip_probability, crop_probability: the policy's; the latter of the crop it likes best, among what is not skip.
-        review: whether ``skip_probability`` is near the threshold, so that the slice deserves a look.
+        review: whether a probability that counted is within half a logit of its threshold, so that the slice deserves
+            a look.
     """
 
     action: Literal["skip", "crop", "whole"]
@@ -182,6 +185,13 @@ class Decision:
             for axis, (start, stop) in enumerate(self.box)
         )
         return replace(self, box=box)
+
+
+def _is_near(probability: float, threshold: float) -> bool:
+    """Whether the two are within :data:`_REVIEW` in logits, where probabilities near 0 and 1 do not crowd."""
+    if not (0 < probability < 1 and 0 < threshold < 1):
+        return probability == threshold
+    return abs(log(probability / (1 - probability)) - log(threshold / (1 - threshold))) < _REVIEW
 
 
 def crop_size(crop: int, patch: Sequence[int], divisor: Sequence[int]) -> Size:
@@ -566,7 +576,7 @@ class MedDANetV2(nn.Module):
                     cost=policy_macs + position_macs * (action == "crop"),
                     skip_probability=skip,
                     crop_probability=crop,
-                    review=abs(skip - skip_above) < 0.05,
+                    review=_is_near(skip, skip_above) or (action != "skip" and _is_near(crop, crop_above)),
                 )
             )
             best_crops.append(best)

@@ -300,6 +300,26 @@ def test_decisions_do_not_hang_on_autocast():
     assert expected[0][0].action == "crop"
 
 
+def test_slices_near_a_threshold_in_logits_are_for_review():
+    network = build()
+    x = torch.randn(1, 2, *PATCH)
+
+    def is_for_review(skip, crop_, skip_above, crop_above):
+        force(network, skip, crop_, 0.0)
+        network.skip_threshold.fill_(torch.tensor(skip_above).sigmoid())
+        network.crop_threshold.fill_(torch.tensor(crop_above).sigmoid())
+        return network.decide(x)[0].review
+
+    two = math.log(2)  # of the crop and the whole slice together, both 0
+    assert is_for_review(7.0 + two, 0.0, 7.4, 9.0) and is_for_review(7.0 + two, 0.0, 6.6, 9.0)
+    assert not is_for_review(7.0 + two, 0.0, 7.6, 9.0) and not is_for_review(7.0 + two, 0.0, 6.4, 9.0)
+    assert is_for_review(0.0, 3.0, 9.0, 3.4) and not is_for_review(0.0, 3.0, 9.0, 3.6)
+    assert not is_for_review(9.0, 3.0, 1.0, 3.1)  # a skipped slice is not cropped, however near that was
+    network.skip_threshold.fill_(math.inf)
+    network.crop_threshold.fill_(math.inf)
+    assert not network.decide(x)[0].review
+
+
 def test_regions_are_all_negative_where_a_slice_is_skipped():
     network = build()
     network.set_regions(True)
