@@ -360,6 +360,9 @@ class MedDANetV2(nn.Module):
         self.backbone = network_class(
             input_channels=input_channels, num_classes=num_classes, deep_supervision=False, **arch_kwargs
         )
+        if (own := getattr(network_class, "initialize", None)) is not None:
+            for module in self.backbone.modules():  # ``initialize`` sees one module at a time, not whose it is
+                module.own_initialize = own
         encoder, decoder = self.backbone.encoder, self.backbone.decoder
         decoder.seg_layers = nn.ModuleList([decoder.seg_layers[-1]])  # the others would never learn
         self.divisor: Size = tuple(prod(axis) for axis in zip(*encoder.strides, strict=True))
@@ -443,9 +446,15 @@ class MedDANetV2(nn.Module):
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """He initialisation as in nnU-Net (``network.apply(network.initialize)``)."""
-        InitWeights_He(1e-2)(module)
-        init_last_bn_before_add_to_0(module)
+        """The U-Net by its own ``initialize``, the rest by He (``network.apply(network.initialize)``, root last)."""
+        if isinstance(module, MedDANetV2):
+            if module.crop_tail is not None:
+                module.crop_tail.start_from(module.backbone.decoder)
+        elif (own := getattr(module, "own_initialize", None)) is not None:
+            own(module)
+        else:
+            InitWeights_He(1e-2)(module)
+            init_last_bn_before_add_to_0(module)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
         """Memory of one training sample, in nnU-Net's unit: every choice at every width is kept for its gradient.
@@ -773,6 +782,11 @@ class _Tail(nn.Module):
         super().__init__()
         self.stage = deepcopy(decoder.stages[-1])
         self.seg_layers = nn.ModuleList([deepcopy(decoder.seg_layers[-1])])
+
+    def start_from(self, decoder: nn.Module) -> None:
+        """Take the decoder's weights, as when it was made."""
+        self.stage.load_state_dict(decoder.stages[-1].state_dict())
+        self.seg_layers[0].load_state_dict(decoder.seg_layers[-1].state_dict())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.seg_layers[0](self.stage(x))

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nnunet_dyn.accounting import count_operations
+from nnunet_dyn.architectures.blocks import MBConv
 from nnunet_dyn.architectures.efficient_unet import EfficientUNet
 from nnunet_dyn.architectures.med_danet import (
     PARTS,
@@ -553,6 +554,26 @@ def test_gradients_reach_the_position_network_through_the_crop_and_its_restorati
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         MedDANetOptions(**options)
+
+
+def test_the_backbone_is_initialised_by_its_own_rule():
+    network = build(backbone="efficient")
+    kept = network.backbone.encoder.stages[1]
+    before = [parameter.clone() for parameter in kept.parameters()]
+    for module in kept.modules():
+        module.keeps_weights = True
+    network.apply(network.initialize)
+    assert all(torch.equal(old, new) for old, new in zip(before, kept.parameters(), strict=True))
+    network = build(backbone="efficient")
+    network.apply(network.initialize)
+    branches = [m for m in network.backbone.modules() if isinstance(m, MBConv) and m.has_shortcut]
+    assert branches and all((branch.project.norm.weight == 0.2).all() for branch in branches)
+    for backbone in ("efficient", "plain", "modified"):
+        network = build(backbone=backbone)
+        network.apply(network.initialize)
+        own, tail = network.backbone.decoder, network.crop_tail
+        for one, other in ((own.stages[-1], tail.stage), (own.seg_layers[-1], tail.seg_layers[0])):
+            assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def test_networks_that_cannot_be():
