@@ -1,20 +1,30 @@
 """When slices may be skipped or cropped, on evidence made by hand."""
 
+import json
+import math
+from dataclasses import replace
+
 import pytest
 
 from nnunet_dyn.safety import NEVER, Evidence
 
+LABELS = ["1"]
+
 
 def near(probability):
-    """A threshold that ``probability`` sets: a hundredth of a logit above it."""
-    return pytest.approx(probability, abs=0.003)
+    """A threshold that ``probability`` sets: a tenth of a logit above it."""
+    return pytest.approx(1 / (1 + (1 / probability - 1) * math.exp(-0.1)))
 
 
 def evidence(*slices) -> Evidence:
     """Slices as ``(skip, crop, case, parts)``; an entry of parts is ``(class, component, voxels, outside)``."""
     result = Evidence()
     for skip, crop, case, *parts in slices:
-        result.add(skip, crop, case, parts)
+        result.add_tile(skip, crop)
+        for label, component, voxels, outside in parts:
+            for count, scored in ((voxels - outside, -math.inf), (outside, crop)):
+                if count:
+                    result.add_part(case, label, component, count, skip, scored)
     return result
 
 
@@ -24,14 +34,14 @@ def test_skips_what_is_empty_and_keeps_what_is_not():
         (0.80, 0.1, "a"),
         (0.70, 0.1, "a", ("1", 1, 500, 0)),
         (0.10, 0.1, "b", ("1", 1, 500, 0)),
-    ).calibrate(cases=2)
+    ).calibrate(2, LABELS)
     assert found.skip_threshold == near(0.7)  # the highest of a slice with foreground, which is not above itself
     assert (found.skipped, found.slices, found.cases) == (0.5, 4, 2)
     assert found.coverage == {"1": 1.0} and found.lost_components == 0 and not found.is_useless
 
 
 def test_no_threshold_is_lower_than_the_policys_own_choice():
-    found = evidence((0.9, 0.9, "a"), (0.2, 0.1, "a", ("1", 1, 500, 0))).calibrate(1)
+    found = evidence((0.9, 0.9, "a"), (0.2, 0.1, "a", ("1", 1, 500, 0))).calibrate(1, LABELS)
     assert (found.skip_threshold, found.crop_threshold) == (near(0.5), near(0.5))
 
 
@@ -39,20 +49,20 @@ def test_a_small_class_does_not_pay_for_a_large_one():
     slices = [(0.9, 0, "a", ("small", 1, 20, 0)), (0.1, 0, "a", ("small", 1, 180, 0), ("large", 1, 100000, 0))]
     pooled = 20 / 100200
     assert pooled < 0.005
-    assert evidence(*slices).calibrate(1).skip_threshold == near(0.9)
-    assert evidence(*slices).calibrate(1, min_coverage=0.89).skip_threshold == near(0.5)
+    assert evidence(*slices).calibrate(1, ["small", "large"]).skip_threshold == near(0.9)
+    assert evidence(*slices).calibrate(1, ["small", "large"], min_coverage=0.89).skip_threshold == near(0.5)
 
 
 def test_no_component_vanishes_whole():
     def slices(size):
         return evidence((0.9, 0, "a", ("1", 1, size, 0)), (0.1, 0, "a", ("1", 2, 100000, 0)))
 
-    assert slices(10).calibrate(1).skip_threshold == near(0.9)
-    assert slices(9).calibrate(1).skip_threshold == near(0.5)
-    assert slices(10).calibrate(1, min_component=11).skip_threshold == near(0.5)
+    assert slices(10).calibrate(1, LABELS).skip_threshold == near(0.9)
+    assert slices(9).calibrate(1, LABELS).skip_threshold == near(0.5)
+    assert slices(10).calibrate(1, LABELS, min_component=11).skip_threshold == near(0.5)
     # The same voxels at the rim of a component that is seen elsewhere may go.
     rim = evidence((0.9, 0, "a", ("1", 1, 10, 0)), (0.1, 0, "a", ("1", 1, 100000, 0)))
-    assert rim.calibrate(1).skip_threshold == near(0.5)
+    assert rim.calibrate(1, LABELS).skip_threshold == near(0.5)
 
 
 def test_crops_get_what_skipping_leaves_of_the_allowance():
@@ -61,38 +71,57 @@ def test_crops_get_what_skipping_leaves_of_the_allowance():
         (0.1, 0.9, "b", ("1", 1, 400, 4)),
         (0.1, 0.7, "b", ("1", 1, 596, 0)),
     ]
-    found = evidence(*slices).calibrate(2)
+    found = evidence(*slices).calibrate(2, LABELS)
     assert (found.skip_threshold, found.crop_threshold) == (
         near(0.5),
         near(0.9),
     )  # 4 skipped of 1000; 4 more would be too many
     assert found.coverage == {"1": 0.996} and found.worst == ("a", "1", 0.0)
-    found = evidence(*slices).calibrate(2, min_coverage=0.992)
+    found = evidence(*slices).calibrate(2, LABELS, min_coverage=0.992)
     assert (found.crop_threshold, found.cropped) == (near(0.5), pytest.approx(2 / 3))
     assert "a, class 1, 0.00 %" in str(found)
 
 
 def test_a_network_that_cannot_segment_a_whole_slice():
     slices = [(0.9, 0.0, "a"), (0.3, 0.0, "a", ("1", 1, 1000, 1))]
-    found = evidence(*slices).calibrate(1, always_crops=True)
+    found = evidence(*slices).calibrate(1, LABELS, always_crops=True)
     assert (found.skip_threshold, found.crop_threshold, found.coverage) == (near(0.5), -1.0, {"1": 0.999})
 
 
 def test_where_nothing_can_be_left_out_it_says_so():
-    found = evidence(*[(0.9, 0.9, "a", ("1", n, 50, 50)) for n in range(4)]).calibrate(1)
+    found = evidence(*[(0.9, 0.9, "a", ("1", n, 50, 50)) for n in range(4)]).calibrate(1, LABELS)
     assert found.is_useless and "nothing can be left out safely" in str(found)
     assert found.skipped == found.cropped == 0
 
 
-def test_cases_without_foreground_and_none_at_all():
-    found = evidence((0.9, 0.0, "a"), (0.1, 0.9, "a")).calibrate(1)
-    assert (found.skipped, found.cropped, found.coverage) == (0.5, 0.5, {}) and "no foreground" in str(found)
-    assert evidence().calibrate(0).skip_threshold < NEVER
+def test_what_is_never_done_is_null_in_json():
+    found = replace(evidence((0.9, 0.1, "a", ("1", 1, 500, 0))).calibrate(1, LABELS), crop_threshold=NEVER)
+    text = json.dumps(found.to_json(), allow_nan=False)
+    assert json.loads(text)["crop_threshold"] is None
+    assert json.loads(text)["skip_threshold"] == found.skip_threshold
+
+
+def test_a_class_without_voxels_turns_skipping_and_cropping_off():
+    def slices():
+        return evidence((0.9, 0.0, "a"), (0.1, 0.9, "a", ("1", 1, 500, 0)))
+
+    known, found = slices().calibrate(1, ["1"]), slices().calibrate(1, ["1", "2"])
+    assert (known.skipped, known.cropped, known.unseen) == (0.5, 0.5, ())
+    assert (found.skip_threshold, found.crop_threshold, found.coverage) == (NEVER, NEVER, {"1": 1.0})
+    assert "class 2: no voxels in the validation cases" in str(found)
+    assert found.to_json()["notes"] == ["class 2: no voxels in the validation cases"]
+    always = slices().calibrate(1, ["1", "2"], always_crops=True)
+    assert (always.skip_threshold, always.crop_threshold) == (NEVER, -1.0)
+    for nothing in (evidence((0.9, 0.0, "a"), (0.1, 0.9, "a")), evidence()):
+        found = nothing.calibrate(1, LABELS)
+        assert found.skip_threshold == found.crop_threshold == NEVER and "no foreground" in str(found)
     with pytest.raises(ValueError, match=r"min_coverage got 99.5; expected a share from 0 to 1"):
-        evidence().calibrate(0, min_coverage=99.5)
+        evidence().calibrate(0, LABELS, min_coverage=99.5)
 
 
 def test_the_slice_that_sets_a_threshold_does_not_hang_on_its_last_digit():
     for probability in (0.7, 0.99999):
-        found = evidence((probability, 0, "a", ("1", 1, 500, 0)), (1 - (1 - probability) / 2, 0, "a")).calibrate(1)
-        assert 0 < found.skip_threshold - probability < 0.02 * (1 - probability) and found.skipped == 0.5
+        found = evidence((probability, 0, "a", ("1", 1, 500, 0)), (1 - (1 - probability) / 2, 0, "a")).calibrate(
+            1, LABELS
+        )
+        assert 0 < found.skip_threshold - probability < 0.1 * (1 - probability) and found.skipped == 0.5

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
+from math import log, prod
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -35,6 +35,8 @@ SKIP_LOGIT = 8.0
 #: Both sides of a slice are at least this long where the policy and the position network see it: four of their five
 #: halvings leave batch normalisation more than one value even for a batch of one.
 _SMALLEST_VIEW = 64
+#: How near to a threshold a decision deserves a look, in logits.
+_REVIEW = 0.5
 
 Size = tuple[int, int]
 Box = tuple[Size, Size]
@@ -162,7 +164,8 @@ class Decision:
         cost: multiply-accumulates as in :mod:`nnunet_dyn.accounting`, those of a stage times its bits / 32, with the
             networks that decide.
         skip_probability, crop_probability: the policy's; the latter of the crop it likes best, among what is not skip.
-        review: whether ``skip_probability`` is near the threshold, so that the slice deserves a look.
+        review: whether a probability that counted is within half a logit of its threshold, so that the slice deserves
+            a look.
     """
 
     action: Literal["skip", "crop", "whole"]
@@ -182,6 +185,13 @@ class Decision:
             for axis, (start, stop) in enumerate(self.box)
         )
         return replace(self, box=box)
+
+
+def _is_near(probability: float, threshold: float) -> bool:
+    """Whether the two are within :data:`_REVIEW` in logits, where probabilities near 0 and 1 do not crowd."""
+    if not (0 < probability < 1 and 0 < threshold < 1):
+        return probability == threshold
+    return abs(log(probability / (1 - probability)) - log(threshold / (1 - threshold))) < _REVIEW
 
 
 def crop_size(crop: int, patch: Sequence[int], divisor: Sequence[int]) -> Size:
@@ -350,6 +360,9 @@ class MedDANetV2(nn.Module):
         self.backbone = network_class(
             input_channels=input_channels, num_classes=num_classes, deep_supervision=False, **arch_kwargs
         )
+        if (own := getattr(network_class, "initialize", None)) is not None:
+            for module in self.backbone.modules():  # ``initialize`` sees one module at a time, not whose it is
+                module.own_initialize = own
         encoder, decoder = self.backbone.encoder, self.backbone.decoder
         decoder.seg_layers = nn.ModuleList([decoder.seg_layers[-1]])  # the others would never learn
         self.divisor: Size = tuple(prod(axis) for axis in zip(*encoder.strides, strict=True))
@@ -366,8 +379,7 @@ class MedDANetV2(nn.Module):
             else:
                 channels.pop()
             self.selectors.extend(BitSelector(c, input_channels, len(self.options.bits)) for c in channels)
-        self.register_buffer("background_logits", torch.full((num_classes,), -SKIP_LOGIT))
-        self.set_regions(False)
+        self.labels = _Labels()
         # An untrained, uncalibrated network segments everything in full.
         self.register_buffer("skip_threshold", torch.tensor(NEVER))
         self.register_buffer("crop_threshold", torch.tensor(NEVER))
@@ -380,10 +392,15 @@ class MedDANetV2(nn.Module):
 
     def set_regions(self, regions: bool) -> None:
         """Say whether the classes are regions, none of which is the background."""
-        if not regions:
-            self.background_logits[0] = SKIP_LOGIT
-        else:
-            self.background_logits.fill_(-SKIP_LOGIT)
+        self.labels.seg_layers.are_regions.fill_(regions)
+
+    @property
+    def background_logits(self) -> torch.Tensor:
+        """The logits of a skipped slice's voxels, ``(num_classes,)``."""
+        are_regions = self.labels.seg_layers.are_regions
+        logits = torch.full((self.num_classes,), -SKIP_LOGIT, device=are_regions.device)
+        logits[0] = torch.where(are_regions, -SKIP_LOGIT, SKIP_LOGIT)
+        return logits
 
     def check_patch(self, patch: Sequence[int]) -> None:
         """Check that slices of ``patch`` voxels can be segmented whole and in crops.
@@ -429,9 +446,15 @@ class MedDANetV2(nn.Module):
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """He initialisation as in nnU-Net (``network.apply(network.initialize)``)."""
-        InitWeights_He(1e-2)(module)
-        init_last_bn_before_add_to_0(module)
+        """The U-Net by its own ``initialize``, the rest by He (``network.apply(network.initialize)``, root last)."""
+        if isinstance(module, MedDANetV2):
+            if module.crop_tail is not None:
+                module.crop_tail.start_from(module.backbone.decoder)
+        elif (own := getattr(module, "own_initialize", None)) is not None:
+            own(module)
+        else:
+            InitWeights_He(1e-2)(module)
+            init_last_bn_before_add_to_0(module)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
         """Memory of one training sample, in nnU-Net's unit: every choice at every width is kept for its gradient.
@@ -467,7 +490,7 @@ class MedDANetV2(nn.Module):
         if x.is_meta:  # sizes and costs only: what can be had without looking at the slice
             for network in (self.policy, self.position):
                 if network is not None:
-                    network(self._view(x))
+                    network(self._view(x))  # autocast does not know the meta device
             return self.segment_whole(x)
         if self.training:
             if self.phase is None:
@@ -482,9 +505,9 @@ class MedDANetV2(nn.Module):
         return logits
 
     def _view(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` as the policy and the position network see it."""
+        """``x`` as the policy and the position network see it, in single precision."""
         size = [max(_SMALLEST_VIEW, -(-side // self.options.view_stride)) for side in x.shape[2:]]
-        return F.adaptive_avg_pool2d(x, size)
+        return F.adaptive_avg_pool2d(x.float(), size)
 
     def segment_whole(self, x: torch.Tensor) -> torch.Tensor:
         """The U-Net as it is, in full precision: ``(B, C, H, W)`` → logits."""
@@ -540,16 +563,16 @@ class MedDANetV2(nn.Module):
         view = self._view(x)
         decisions = []
         skip_above, crop_above = self.skip_threshold.item(), self.crop_threshold.item()
-        if self.policy is None:
-            probabilities = [[1.0]] * len(x)
-        else:
-            probabilities = torch.softmax(self.policy(view).float(), 1).tolist()
+        scores = x.new_zeros(len(x), 1) if self.policy is None else self.score(view)
+        skips = torch.softmax(scores, 1)[:, space.index("skip")].tolist() if "skip" in space else [0.0] * len(x)
+        # A softmax of their own: dividing by 1 - skip would exceed 1 where that is rounded to nothing.
+        segmenting = [choice for choice in space if choice != "skip"]
+        others = torch.softmax(scores[:, [space.index(choice) for choice in segmenting]], 1).tolist()
         best_crops = []
-        for row in probabilities:
-            by_choice = dict(zip(space, row, strict=True))
-            skip = by_choice.get("skip", 0.0)
+        for skip, row in zip(skips, others, strict=True):
+            by_choice = dict(zip(segmenting, row, strict=True))
             best = max(crops, key=by_choice.get, default=None)
-            crop = 0.0 if best is None else by_choice[best] / max(1 - skip, 1e-12)
+            crop = by_choice.get(best, 0.0)
             action = "whole"
             if skip > skip_above:
                 action = "skip"
@@ -562,7 +585,7 @@ class MedDANetV2(nn.Module):
                     cost=policy_macs + position_macs * (action == "crop"),
                     skip_probability=skip,
                     crop_probability=crop,
-                    review=abs(skip - skip_above) < 0.05,
+                    review=_is_near(skip, skip_above) or (action != "skip" and _is_near(crop, crop_above)),
                 )
             )
             best_crops.append(best)
@@ -573,9 +596,19 @@ class MedDANetV2(nn.Module):
                 decisions[index] = replace(decisions[index], box=box)
         return decisions
 
+    def score(self, view: torch.Tensor) -> torch.Tensor:
+        """The policy's logits, ``(B, choices)``."""
+        return self._precisely(self.policy, view)
+
     def place(self, view: torch.Tensor) -> torch.Tensor:
         """Where crops lie, 0 to 1 of the room they have, per axis: ``(B, 2)``."""
-        return torch.sigmoid(self.position(view).float())
+        return torch.sigmoid(self._precisely(self.position, view))
+
+    @staticmethod
+    def _precisely(network: nn.Module, view: torch.Tensor) -> torch.Tensor:
+        """Run what decides in single precision: half of it moves scores by more than a threshold's margin."""
+        with torch.autocast(view.device.type, enabled=False):
+            return network(view)
 
     def _boxes(self, places: torch.Tensor, patch: Size, crops: Sequence[int]) -> list[Box]:
         boxes = []
@@ -595,7 +628,7 @@ class MedDANetV2(nn.Module):
         best = [self.options.crops[0]] * len(x)
         if len(self.options.crops) > 1:
             columns = [self.options.policy_space.index(crop) for crop in self.options.crops]
-            best = [self.options.crops[index] for index in self.policy(view)[:, columns].argmax(1).tolist()]
+            best = [self.options.crops[index] for index in self.score(view)[:, columns].argmax(1).tolist()]
         return decisions, self._boxes(self.place(view), tuple(x.shape[2:]), best)
 
     @torch.no_grad()
@@ -649,7 +682,7 @@ class MedDANetV2(nn.Module):
         view = self._view(x)
         choice, outputs = x.new_ones(len(x), 1), {}
         if self.policy is not None:
-            scores = outputs["scores"] = self.policy(view).float()
+            scores = outputs["scores"] = self.score(view)
             if "policy" in self.phase.learns:
                 choice = straight_through(F.gumbel_softmax(scores))
             else:
@@ -715,14 +748,31 @@ class MedDANetV2(nn.Module):
     def _count(self, size: Size) -> dict[str, int]:
         """Multiply-accumulates of every module, for one slice of ``size`` that is segmented whole."""
         if size not in self._counts:
-            with torch.inference_mode(False):  # within it operators pass by the counter
-                self._counts[size] = count_operations(self, (1, self.input_channels, *size)).by_module
+            # What a slice costs is what inference computes; and in training mode SyncBatchNorm refuses the meta device.
+            modes = {module: module.training for module in self.modules()}
+            self.eval()
+            try:
+                with torch.inference_mode(False):  # within it operators pass by the counter
+                    self._counts[size] = count_operations(self, (1, self.input_channels, *size)).by_module
+            finally:
+                for module, mode in modes.items():
+                    module.training = mode
         return self._counts[size]
 
     @property
     def selector_macs(self) -> int:
         """Multiply-accumulates of all selectors' linear layers."""
         return sum(selector.linear.weight.numel() for selector in self.selectors)
+
+
+class _Labels(nn.Module):
+    """Whether the classes are regions, as a buffer: prediction loads weights and knows no more of the labels."""
+
+    def __init__(self):
+        super().__init__()
+        # nnU-Net passes over keys with ".seg_layers." when it loads pretrained weights, whose labels are others.
+        self.seg_layers = nn.Module()
+        self.seg_layers.register_buffer("are_regions", torch.tensor(False))
 
 
 class _Tail(nn.Module):
@@ -732,6 +782,11 @@ class _Tail(nn.Module):
         super().__init__()
         self.stage = deepcopy(decoder.stages[-1])
         self.seg_layers = nn.ModuleList([deepcopy(decoder.seg_layers[-1])])
+
+    def start_from(self, decoder: nn.Module) -> None:
+        """Take the decoder's weights, as when it was made."""
+        self.stage.load_state_dict(decoder.stages[-1].state_dict())
+        self.seg_layers[0].load_state_dict(decoder.seg_layers[-1].state_dict())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.seg_layers[0](self.stage(x))

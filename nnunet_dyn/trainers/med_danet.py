@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from itertools import accumulate, combinations
+from itertools import accumulate, combinations, product
 from pathlib import Path
 from typing import ClassVar
 
@@ -318,15 +318,23 @@ class MedDANetTrainer(DynTrainer):
     # --- calibration ---
 
     def on_train_end(self) -> None:
+        try:
+            self._calibrate_and_report()
+        except Exception as error:  # a training of days must be saved whatever fails here
+            self.module.skip_threshold.fill_(NEVER)
+            self.module.crop_threshold.fill_(NEVER)
+            self.print_to_log_file(f"Calibration failed, the network will not skip or crop: {error!r}")
+        super().on_train_end()
+
+    def _calibrate_and_report(self) -> None:
         calibration = self.calibrate()
         if calibration is not None:
             self.print_to_log_file(calibration)
             if self.fold == "all":
                 self.print_to_log_file("Fold all has no cases of its own for this: expect less on new ones.")
             if self.local_rank == 0:
-                text = json.dumps(asdict(calibration), indent=1)
+                text = json.dumps(calibration.to_json(), indent=1, allow_nan=False)
                 Path(self.output_folder, "calibration.json").write_text(text, encoding="utf-8")
-        super().on_train_end()
 
     @torch.no_grad()
     def calibrate(self) -> Calibration | None:
@@ -334,6 +342,9 @@ class MedDANetTrainer(DynTrainer):
 
         Returns:
             What was found, or ``None`` for a network that neither skips nor crops.
+
+        Raises:
+            RuntimeError: it failed; under DDP in every process, so that none waits for another.
         """
         network = self.module
         if network.policy is None and network.position is None:
@@ -341,45 +352,61 @@ class MedDANetTrainer(DynTrainer):
         network.eval()
         network.skip_threshold.fill_(NEVER)
         network.crop_threshold.fill_(NEVER)
-        _, keys = self.do_split()
-        evidence, found = Evidence(), [None]
+        found: list[Calibration | str | None] = [None]
         if self.local_rank == 0:
-            dataset = self.dataset_class(self.preprocessed_dataset_folder, keys)
-            with self._autocast():
-                for key in dataset.identifiers:
-                    self._observe(evidence, key, *dataset.load_case(key)[:2])
-            found[0] = evidence.calibrate(
-                len(keys), self.min_coverage, self.min_component, "whole" not in network.options.policy_space
-            )
+            try:
+                found[0] = self._find_thresholds()
+            except Exception as error:
+                if not self.is_ddp:
+                    raise
+                found[0] = repr(error)
         if self.is_ddp:
             dist.broadcast_object_list(found)
+        if isinstance(found[0], str):
+            raise RuntimeError(f"The first process got {found[0]}; expected thresholds. See its log.")
         network.skip_threshold.fill_(found[0].skip_threshold)
         network.crop_threshold.fill_(found[0].crop_threshold)
         return found[0]
+
+    def _find_thresholds(self) -> Calibration:
+        _, keys = self.do_split()
+        dataset = self.dataset_class(self.preprocessed_dataset_folder, keys)
+        evidence = Evidence()
+        with self._autocast():
+            for key in dataset.identifiers:
+                self._observe(evidence, key, *dataset.load_case(key)[:2])
+        manager = self.label_manager
+        labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+        always_crops = "whole" not in self.module.options.policy_space
+        names = [str(label) for label in labels]
+        return evidence.calibrate(len(keys), names, self.min_coverage, self.min_component, always_crops)
 
     def _observe(self, evidence: Evidence, case: str, data, segmentation) -> None:
         """Add every tile of a case, ``data: (C, Z, H, W)`` and ``segmentation: (1, Z, H, W)``."""
         patch = tuple(self.configuration_manager.patch_size)
         data = pad_nd_image(torch.from_numpy(np.asarray(data[:])), patch, "constant", {"value": 0})
         labels = pad_nd_image(np.asarray(segmentation[0]), patch, "constant", {"constant_values": 0})
-        classes = self.label_manager.foreground_regions if self.label_manager.has_regions else None
-        components = {}
-        for label in classes or self.label_manager.foreground_labels:
-            components[str(label)], _ = ndimage.label(np.isin(labels, label), np.ones((3, 3, 3)))
+        # The highest score among the tiles with a voxel: of skipping, and of cropping by those that leave it out.
+        skips, crops = (np.full(labels.shape, -np.inf, np.float32) for _ in range(2))
         steps = compute_steps_for_sliding_window(data.shape[2:], patch, 0.5)
         batch = max(1, self.batch_size)
-        for row in steps[0]:
-            for column in steps[1]:
-                window = (slice(row, row + patch[0]), slice(column, column + patch[1]))
-                for start in range(0, data.shape[1], batch):
-                    tiles = data[(slice(None), slice(start, start + batch), *window)].transpose(0, 1)
-                    seen = self._probe_mirrored(tiles.to(self.device, torch.float32))
-                    for index, (skip, crop, inside) in enumerate(seen):
-                        parts = []
-                        for label, numbered in components.items():
-                            tile = numbered[(start + index, *window)]
-                            parts += [(label, *part) for part in _parts(tile, inside)]
-                        evidence.add(skip, crop, case, parts)
+        for row, column in product(*steps):
+            window = (slice(row, row + patch[0]), slice(column, column + patch[1]))
+            for start in range(0, data.shape[1], batch):
+                tiles = data[(slice(None), slice(start, start + batch), *window)].transpose(0, 1)
+                seen = self._probe_mirrored(tiles.to(self.device, torch.float32))
+                for index, (skip, crop, inside) in enumerate(seen, start):
+                    evidence.add_tile(skip, crop)
+                    skipped, cropped = skips[(index, *window)], crops[(index, *window)]
+                    np.maximum(skipped, skip, out=skipped)
+                    kept = cropped[inside].copy()
+                    np.maximum(cropped, crop, out=cropped)
+                    cropped[inside] = kept
+        classes = self.label_manager.foreground_regions if self.label_manager.has_regions else None
+        for label in classes or self.label_manager.foreground_labels:
+            components, _ = ndimage.label(np.isin(labels, label), np.ones((3, 3, 3)))
+            for number, voxels, skip, crop in _parts(components, skips, crops):
+                evidence.add_part(case, str(label), number, voxels, skip, crop)
 
     def _probe_mirrored(self, tiles: torch.Tensor) -> list[tuple[float, float, tuple[slice, slice]]]:
         """For each tile the highest probabilities, and the box that the crops of all mirrored passes share."""
@@ -403,13 +430,16 @@ class MedDANetTrainer(DynTrainer):
         ]
 
 
-def _parts(numbered: np.ndarray, inside: tuple[slice, slice]) -> list[tuple[int, int, int]]:
-    """Number, voxels and voxels outside of ``inside`` of each component in a slice of numbered components."""
-    if not numbered.any():
+def _parts(components: np.ndarray, skips: np.ndarray, crops: np.ndarray) -> list[tuple[int, int, float, float]]:
+    """Number, voxels and the two scores of the voxels of each component that share both: three volumes of a shape."""
+    is_any = components > 0
+    columns = [np.unique(volume[is_any], return_inverse=True) for volume in (components, skips, crops)]
+    shape = tuple(len(values) for values, _ in columns)
+    if not all(shape):
         return []
-    voxels = np.bincount(numbered.ravel())
-    outside = voxels - np.bincount(numbered[inside].ravel(), minlength=len(voxels))
-    return [(number, int(voxels[number]), int(outside[number])) for number in np.flatnonzero(voxels) if number]
+    keys, voxels = np.unique(np.ravel_multi_index([index for _, index in columns], shape), return_counts=True)
+    numbers, *scores = (values[at] for (values, _), at in zip(columns, np.unravel_index(keys, shape), strict=True))
+    return list(zip(numbers.tolist(), voxels.tolist(), *(score.tolist() for score in scores), strict=True))
 
 
 def mean_costs(decisions: list[Decision], n_stages: int) -> dict[str, float | list[float]]:

@@ -1,15 +1,19 @@
 """Med-DANet V2: crop and restoration, decisions and their execution, costs, and what a training pass returns."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from plans import arch_kwargs
+from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
 from nnunet_dyn.accounting import count_operations
+from nnunet_dyn.architectures.blocks import MBConv
 from nnunet_dyn.architectures.efficient_unet import EfficientUNet
 from nnunet_dyn.architectures.med_danet import (
     PARTS,
@@ -275,6 +279,48 @@ def test_what_is_not_chosen_does_not_run():
     assert network.decide(x)[0].review and network.decide(x)[0].action == "whole"
 
 
+def test_a_policy_that_is_sure_of_skipping_does_not_crop_uncalibrated():
+    network = build()
+    x = torch.randn(1, 2, *PATCH)
+    for skip in (16.0, 30.0, 500.0):  # where 1 - skip is rounded to little or nothing
+        force(network, skip, 2.0, 0.0)
+        (decision,) = network.decide(x)
+        assert decision.action == "whole" and decision.skip_probability > 0.999999
+        assert decision.crop_probability == pytest.approx(1 / (1 + math.exp(-2.0)))
+
+
+def test_decisions_do_not_hang_on_autocast():
+    network = build(policy_space=["skip", 16, 32, "whole"])
+    network.crop_threshold.fill_(0.0)
+    x = torch.randn(4, 2, *PATCH)
+    expected = network.decide(x), network.probe(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (network.decide(x), network.probe(x)) == expected
+        network.train().enter(EVERYTHING)
+        assert network(x)["scores"].dtype == torch.float32
+    assert expected[0][0].action == "crop"
+
+
+def test_slices_near_a_threshold_in_logits_are_for_review():
+    network = build()
+    x = torch.randn(1, 2, *PATCH)
+
+    def is_for_review(skip, crop_, skip_above, crop_above):
+        force(network, skip, crop_, 0.0)
+        network.skip_threshold.fill_(torch.tensor(skip_above).sigmoid())
+        network.crop_threshold.fill_(torch.tensor(crop_above).sigmoid())
+        return network.decide(x)[0].review
+
+    two = math.log(2)  # of the crop and the whole slice together, both 0
+    assert is_for_review(7.0 + two, 0.0, 7.4, 9.0) and is_for_review(7.0 + two, 0.0, 6.6, 9.0)
+    assert not is_for_review(7.0 + two, 0.0, 7.6, 9.0) and not is_for_review(7.0 + two, 0.0, 6.4, 9.0)
+    assert is_for_review(0.0, 3.0, 9.0, 3.4) and not is_for_review(0.0, 3.0, 9.0, 3.6)
+    assert not is_for_review(9.0, 3.0, 1.0, 3.1)  # a skipped slice is not cropped, however near that was
+    network.skip_threshold.fill_(math.inf)
+    network.crop_threshold.fill_(math.inf)
+    assert not network.decide(x)[0].review
+
+
 def test_regions_are_all_negative_where_a_slice_is_skipped():
     network = build()
     network.set_regions(True)
@@ -292,6 +338,18 @@ def test_decisions_travel_with_the_weights():
     assert again.decide(x) == network.decide(x)
     with torch.no_grad():
         assert torch.equal(again(x), network(x))
+    assert again.background_logits.tolist() == [-8] * 3
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_pretrained_weights_of_other_labels_load(regions, tmp_path):
+    pretrained, network = build(classes=4), build(classes=3, seed=1)
+    pretrained.set_regions(not regions)
+    network.set_regions(regions)
+    torch.save({"network_weights": pretrained.state_dict()}, tmp_path / "checkpoint.pth")
+    load_pretrained_weights(network, tmp_path / "checkpoint.pth")
+    assert torch.equal(network.backbone.encoder.stem.weight, pretrained.backbone.encoder.stem.weight)
+    assert network.background_logits.tolist() == ([-8] * 3 if regions else [8, -8, -8])
 
 
 @pytest.mark.parametrize(
@@ -356,6 +414,20 @@ def test_costs_by_hand():
     force(network, 9.0, 0.0, 0.0)
     network.skip_threshold.fill_(0.5)
     assert network.decide(x)[0].cost == deciding[0]
+
+
+def test_costs_are_those_of_inference_under_synchronised_batch_norm(tmp_path):
+    expected = build().deciding_macs(PATCH), build().stage_macs(PATCH, (32, 32))
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(build())
+    network.enter(replace(EVERYTHING, learns=frozenset({"policy"})))
+    network.train()
+    modes = [module.training for module in network.modules()]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        assert (network.deciding_macs(PATCH), network.stage_macs(PATCH, (32, 32))) == expected
+    finally:
+        dist.destroy_process_group()
+    assert [module.training for module in network.modules()] == modes and True in modes and False in modes
 
 
 def test_the_papers_network_costs_what_the_paper_says():
@@ -482,6 +554,26 @@ def test_gradients_reach_the_position_network_through_the_crop_and_its_restorati
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         MedDANetOptions(**options)
+
+
+def test_the_backbone_is_initialised_by_its_own_rule():
+    network = build(backbone="efficient")
+    kept = network.backbone.encoder.stages[1]
+    before = [parameter.clone() for parameter in kept.parameters()]
+    for module in kept.modules():
+        module.keeps_weights = True
+    network.apply(network.initialize)
+    assert all(torch.equal(old, new) for old, new in zip(before, kept.parameters(), strict=True))
+    network = build(backbone="efficient")
+    network.apply(network.initialize)
+    branches = [m for m in network.backbone.modules() if isinstance(m, MBConv) and m.has_shortcut]
+    assert branches and all((branch.project.norm.weight == 0.2).all() for branch in branches)
+    for backbone in ("efficient", "plain", "modified"):
+        network = build(backbone=backbone)
+        network.apply(network.initialize)
+        own, tail = network.backbone.decoder, network.crop_tail
+        for one, other in ((own.stages[-1], tail.stage), (own.seg_layers[-1], tail.seg_layers[0])):
+            assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def test_networks_that_cannot_be():

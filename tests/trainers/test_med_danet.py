@@ -14,6 +14,7 @@ import nnunet_dyn.trainers
 from nnunet_dyn.architectures.med_danet import NEVER, SCHEDULES, Decision, MedDANetV2, ModifiedUNet
 from nnunet_dyn.planning import derived_architecture
 from nnunet_dyn.plans_templates import load_template
+from nnunet_dyn.safety import Evidence
 from nnunet_dyn.trainers.med_danet import mean_costs
 
 NAME = "nnUNetTrainerMedDANetV2"
@@ -249,7 +250,9 @@ def test_cases_that_are_all_background_or_all_foreground(prepared, fill):
     trainer.network.policy.fc.weight.data.zero_()
     trainer.network.policy.fc.bias.data = torch.tensor([9.0, 0, 0])
     found = trainer.calibrate()
-    assert found.skipped == (1 if fill == 0 else 0) and found.coverage == ({} if fill == 0 else {"1": 1.0})
+    assert found.skip_threshold == found.crop_threshold == NEVER and found.skipped == 0
+    assert found.coverage == ({} if fill == 0 else {"1": 1.0})
+    assert found.unseen == (("1", "2") if fill == 0 else ("2",))
 
 
 def test_random_centres_and_the_distance_to_a_centred_crop(prepared):
@@ -344,7 +347,7 @@ def test_calibration_finds_what_can_be_left_out(prepared):
     # Two overlapping tiles an axis, eight slices; half of the slices are empty.
     assert found.slices == 2 * 8 * 4 and found.cases == 2
     assert 0.5 <= found.skipped < 1 and found.lost_components == 0 and min(found.coverage.values()) >= 0.995
-    assert found.crop_threshold == pytest.approx(1 / (1 + np.exp(-1)), abs=3e-3)  # mirrored, crops cut the organ
+    assert found.crop_threshold == pytest.approx(1 / (1 + np.exp(-1.1)), abs=1e-4)  # mirrored, crops cut the organ
     assert found.cropped == 0
     assert network.skip_threshold.item() == pytest.approx(found.skip_threshold)
 
@@ -355,6 +358,59 @@ def test_calibration_does_not_trust_a_policy_that_errs(prepared):
     trainer.network.policy.fc.bias.data = torch.tensor([5.0, 0, 0])
     found = trainer.calibrate()
     assert found.skipped == 0 and found.is_useless
+
+
+def test_a_calibration_that_fails_does_not_cost_the_training(prepared, tmp_path):
+    trainer = start(prepared(f"{NAME}_3epochs_1iters"))
+    trainer.network.skip_threshold.fill_(0.6)
+
+    def fails(*_):
+        trainer.network.crop_threshold.fill_(0.6)
+        raise MemoryError("no room for the case")
+
+    trainer._observe = fails
+    trainer.current_epoch = 3
+    trainer.on_train_end()
+    folder = next((tmp_path / "results").rglob("fold_all"))
+    weights = torch.load(folder / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    assert weights["skip_threshold"] == weights["crop_threshold"] == NEVER
+    log = next(folder.glob("training_log*")).read_text()
+    assert "Calibration failed, the network will not skip or crop: MemoryError('no room for the case')" in log
+
+
+class SkipsTilesAt:
+    """In the place of ``_probe_mirrored``: sure to skip the tiles in which the first voxel's value says so."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __call__(self, tiles):
+        whole = tuple(slice(0, side) for side in tiles.shape[2:])
+        return [(0.9 if tile[0, 0, 0].item() in self.values else 0.1, 0.0, whole) for tile in tiles]
+
+
+def test_a_component_that_one_of_its_tiles_skips_is_lost(prepared):
+    trainer = prepared()
+    trainer.initialize()
+    labels = np.zeros((1, 1, 32, 64), np.int16)
+    labels[0, 0, 4:12, 20:30] = 1  # tiles begin at columns 0, 16 and 32, so that the first two hold all of it
+    image = np.broadcast_to(np.arange(64, dtype=np.float32), (1, 1, 32, 64)).copy()
+    for values, lost in (([16], 1), ([0], 1), ([0, 16], 1), ([32], 0), ([], 0)):
+        trainer._probe_mirrored = SkipsTilesAt(values)
+        evidence = Evidence()
+        trainer._observe(evidence, "a", image, labels)
+        found = evidence.calibrate(1, ["1"], min_coverage=0)
+        assert (found.skip_threshold == pytest.approx(0.9, abs=0.01)) == bool(lost), values
+        assert found.lost_components == 0 and found.slices == 3
+    # A tile's crop that leaves a part of it out, which the neighbour covers, leaves these voxels out.
+    trainer._probe_mirrored = lambda tiles: [
+        (0.1, 0.8 if tile[0, 0, 0] == 16 else 0.1, (slice(0, 32), slice(8, 32))) for tile in tiles
+    ]
+    evidence = Evidence()
+    trainer._observe(evidence, "a", image, labels)
+    found = evidence.calibrate(1, ["1"], min_coverage=0.5)  # columns 20 to 23 are outside of the crop: 40 %
+    assert found.coverage == {"1": pytest.approx(0.6)} and found.cropped == pytest.approx(1 / 3)
+    assert evidence.calibrate(1, ["1"], min_coverage=0.7).cropped == 0
 
 
 def test_a_whole_training_and_what_it_leaves(prepared, tmp_path):
