@@ -18,8 +18,8 @@ from nnunet_dyn.architectures.dynamic_convs.base import (
     without_autocast,
 )
 
-# Elements of a map that are summarised at a time: they stay in a core's cache.
-_CHUNK_ON_CPU = 2**18
+# Elements of a map that are summarised at a time: few enough for the last cache, enough to start threads for.
+_CHUNK_ON_CPU = 2**21
 _CHUNK_ELSEWHERE = 2**25
 
 Summary = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
