@@ -406,8 +406,9 @@ class Runs:
 
 def test_nnunets_checkpoints_are_loaded_without_pickle(copy, images, tmp_path):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        Predictor.from_folder(copy, device="cpu")
+        warnings.simplefilter("error")  # it would warn
+        predictor = Predictor.from_folder(copy, device="cpu")
+    assert predictor.engine.folds == len(list(copy.glob("fold_*/checkpoint_final.pth")))
 
 
 def test_a_checkpoint_that_needs_pickle_warns(copy, tmp_path):

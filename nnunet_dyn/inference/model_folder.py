@@ -71,12 +71,12 @@ def load_model(folder: Path, folds: Sequence[int | str] | None = None, checkpoin
         )
     if not there and not folds:
         raise UsageError(f"{folder} has no fold with a {checkpoint}. Finish the training, or name another with -chk.")
-    checkpoints = [_load_checkpoint(folder / f"fold_{fold}" / checkpoint) for fold in folds or there]
+    checkpoints = [load_checkpoint(folder / f"fold_{fold}" / checkpoint) for fold in folds or there]
     first = checkpoints[0]
     try:
         manager = PlansManager(plans)
         configuration = manager.get_configuration(first["init_args"]["configuration"])
-        network = _build_network(first["trainer_name"], manager, configuration, dataset)
+        network = build_network(first["trainer_name"], manager, configuration, dataset)
     except (KeyError, TypeError, ValueError, RuntimeError, ImportError) as error:
         if isinstance(error, JobError):
             raise
@@ -96,11 +96,14 @@ def _load_json(path: Path) -> dict:
         raise JobError(f"Cannot read {path}: {error}. Expected a model folder of nnU-Net; copy it again.") from error
 
 
-def _load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: Path) -> dict:
     """The parts of a checkpoint that prediction needs; tensors stay in the file until they are used.
 
     Only tensors and plain values are unpickled. A checkpoint with anything else is still loaded, as nnU-Net would
     load it, with a warning.
+
+    Raises:
+        JobError: it cannot be read, or is not one of nnU-Net's.
     """
     if not zipfile.is_zipfile(path):  # torch would take any other file for a bare pickle
         raise JobError(
@@ -133,7 +136,12 @@ def _load_checkpoint(path: Path) -> dict:
     return {key: content[key] for key in needed if key in content}
 
 
-def _build_network(trainer: str, plans: PlansManager, configuration: ConfigurationManager, dataset: dict) -> nn.Module:
+def build_network(trainer: str, plans: PlansManager, configuration: ConfigurationManager, dataset: dict) -> nn.Module:
+    """The network that trainer ``trainer`` trains, without deep supervision.
+
+    Raises:
+        JobError: nnU-Net does not find the trainer.
+    """
     try:
         with redirect_stdout(StringIO()):  # nnU-Net reports its search
             trainer_class = recursive_find_trainer_class_by_name(trainer)

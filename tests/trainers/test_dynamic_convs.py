@@ -14,7 +14,7 @@ import nnunet_dyn
 from nnunet_dyn.architectures.dynamic_convs import DynamicConv
 from nnunet_dyn.architectures.dynamic_convs.base import Temperature
 from nnunet_dyn.architectures.efficient_unet import EfficientUNet
-from nnunet_dyn.errors import UsageError
+from nnunet_dyn.errors import JobError
 from nnunet_dyn.planning import build_network, derived_architecture
 from nnunet_dyn.plans_templates import load_template
 from nnunet_dyn.trainers.catalogue import FAMILIES, template_name
@@ -188,7 +188,7 @@ def test_a_static_checkpoint_is_upcycled_for_pretraining(prepared, tmp_path, mon
     temperatures = [module for module in trainer.network.modules() if isinstance(module, Temperature)]
     assert all(module.passes_to_one == 2 for module in temperatures) and bool(temperatures) == (name == "DYConv4x")
     (tmp_path / "broken.pth").write_bytes(b"PK")
-    with pytest.raises(UsageError, match="expected a checkpoint that nnU-Net wrote"):
+    with pytest.raises(JobError, match="is truncated or no checkpoint of nnU-Net v2"):
         upcycle_checkpoint(tmp_path / "broken.pth", tmp_path / "again.pth", template)
     with pytest.raises(ValueError, match="expected one of dynamic convolutions"):
         upcycle_checkpoint(tmp_path / "static.pth", tmp_path / "again.pth", "effb0")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from nnunet_dyn.architectures.blocks import MBConv
+from nnunet_dyn.architectures.blocks import ConvNormAct, MBConv
 from nnunet_dyn.architectures.dynamic_convs.base import DynamicConv, KernelBank, fresh_kernel
 from nnunet_dyn.architectures.dynamic_convs.condconv import CondConv
 from nnunet_dyn.architectures.dynamic_convs.dcd import DCDConv
@@ -74,9 +74,9 @@ def make_dynamic(
     if n_kernels is not None:
         if not issubclass(dynamic_class, KernelBank):
             raise ValueError(f"n_kernels got {n_kernels}, but {method} has one kernel. Leave it out.")
+        if not isinstance(n_kernels, int) or isinstance(n_kernels, bool):
+            raise ValueError(f"n_kernels got {n_kernels!r}; expected a whole number.")
         options["n_kernels"] = n_kernels
-    if n_kernels is not None and (not isinstance(n_kernels, int) or isinstance(n_kernels, bool)):
-        raise ValueError(f"n_kernels got {n_kernels!r}; expected a whole number.")
     replaced = list(_to_replace(network))
     if not replaced:
         raise ValueError(
@@ -113,15 +113,15 @@ def _to_replace(network: nn.Module) -> Iterator[_ConvNd]:
     first = next((module for module in network.modules() if _is_convolution(module)), None)
     encoder = getattr(network, "encoder", network)
     in_mbconv = {
-        getattr(block, name).conv
+        part.conv
         for block in encoder.modules()
         if isinstance(block, MBConv)
-        for name in block.branch_names
-        if name != "squeeze_excite"
+        for part in block.children()
+        if isinstance(part, ConvNormAct) and _is_convolution(part.conv)
     }
     for module in encoder.modules():
         is_larger = _is_convolution(module) and max(module.kernel_size) > 1
-        if module is not first and (is_larger or (module in in_mbconv and _is_convolution(module))):
+        if module is not first and (is_larger or module in in_mbconv):
             yield module
 
 
