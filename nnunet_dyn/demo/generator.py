@@ -41,7 +41,7 @@ class Case:
     spacing: tuple[float, float, float]
 
 
-class _Anatomy:
+class Anatomy:
     """Soft shapes on one grid; each is an occupancy in [0, 1], so borders have partial volume."""
 
     def __init__(self, rng: np.random.Generator, size: Sequence[int], spacing: Sequence[float]):
@@ -112,7 +112,7 @@ def generate_case(
     size = [max(MINIMUM_SIZE, round(n * f)) for n, f in zip(size, rng.uniform(0.9, 1.1, 3), strict=True)]
     fov = np.asarray(FIELD_OF_VIEW) * rng.uniform(0.94, 1.06, 3)
     spacing = np.round(fov / size, 3)
-    anatomy = _Anatomy(rng, size, spacing)
+    anatomy = Anatomy(rng, size, spacing)
     scale = rng.uniform(0.92, 1.08)
 
     body = anatomy.ellipsoid((0, 0, 0), (2000, 118 * scale, 145 * scale), deform=0.015, wavelength=120)
@@ -157,7 +157,7 @@ def generate_case(
     return Case(np.clip(np.rint(image), -1024, 3071).astype(np.int16), labels, tuple(float(s) for s in spacing))
 
 
-def _render(anatomy: _Anatomy, layers: Sequence[tuple[np.ndarray, float]], channel: int) -> np.ndarray:
+def _render(anatomy: Anatomy, layers: Sequence[tuple[np.ndarray, float]], channel: int) -> np.ndarray:
     """Image (z, y, x): tissues painted in order, texture, the scanner's blur, then correlated noise."""
     rng = anatomy.rng
     image = np.full(np.broadcast_shapes(*[occupancy.shape for occupancy, _ in layers]), AIR)
