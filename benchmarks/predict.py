@@ -10,18 +10,15 @@ class wins somewhere: cropping to the foreground saves nothing here. Example:
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 import machine
 import numpy as np
 import SimpleITK as sitk
 import torch
+from commands import measure
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -87,64 +84,6 @@ def write_model(folder: Path, patch: list[int], spacing: list[float], classes: i
     torch.save(checkpoint, folder / "fold_0" / "checkpoint_final.pth")
 
 
-def tree(root: int) -> list[int]:
-    """``root`` and its descendants."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # gone in the meantime
-            continue
-    found = [root]
-    for process in found:
-        found += [child for child, parent in parents.items() if parent == process]
-    return found
-
-
-def memory(processes: list[int]) -> int:
-    """Bytes of memory that ``processes`` hold together; what they share counts once."""
-    total = 0
-    for process in processes:
-        try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    return total
-
-
-def measure(code: str, arguments: list) -> tuple[float, float, int]:
-    """Seconds, CPU seconds and peak bytes of ``python -c code arguments`` with its children."""
-    peak = 0
-    done = threading.Event()
-
-    def watch(root: int) -> None:
-        nonlocal peak
-        while not done.wait(0.1):
-            peak = max(peak, memory(tree(root)))
-
-    start, cpu = time.perf_counter(), cpu_seconds()
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        watcher = threading.Thread(target=watch, args=(process.pid,))
-        watcher.start()
-        status = process.wait()
-        seconds = time.perf_counter() - start
-        done.set()
-        watcher.join()
-        if status:
-            log.seek(0)
-            raise SystemExit(f"{command} ended with {status}:\n{log.read()[-3000:]}")
-    return seconds, cpu_seconds() - cpu, peak
-
-
-def cpu_seconds() -> float:
-    """Of all children that have ended, and theirs."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=20, help="n (default: %(default)s)")
@@ -168,7 +107,7 @@ def main() -> None:
                 image = sitk.GetImageFromArray(case.image[0])
                 image.SetSpacing(case.spacing[::-1])
                 sitk.WriteImage(image, str(folder / f"images_{count}" / f"case{number:03d}_0000.nii.gz"))
-        forward = measure(FORWARD, [folder / "model"])[2]
+        forward = measure([sys.executable, "-c", FORWARD, folder / "model"])[2]
         for who, code, command, more in (
             ("stock", STOCK, [], ["-npp", args.workers, "-nps", args.workers]),
             ("ours", OURS, ["predict"], ["--precision", args.precision]),
@@ -185,7 +124,9 @@ def main() -> None:
                     "-o",
                     folder / f"{who}_{count}",
                 ]
-                seconds[count], cpu[count], peaks[count] = measure(code, [*command, *flags, "-device", "cpu", *more])
+                seconds[count], cpu[count], peaks[count] = measure(
+                    [sys.executable, "-c", code, *command, *flags, "-device", "cpu", *more]
+                )
             per_case = (seconds[args.cases] - seconds[1]) / (args.cases - 1)
             result[who] = {
                 "seconds_per_case": round(per_case, 2),

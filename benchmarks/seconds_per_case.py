@@ -1,0 +1,71 @@
+"""Commands that predict, beside each other on the same images: seconds per case, start-up, memory.
+
+Seconds per case are (time for n cases - time for 1) / (n - 1), so that start-up does not hide the work; it is reported
+beside them. Each command gets ``-i`` and ``-o``. Ratios are to the first one. The rows are run in turn, for one case
+and then for all. Example:
+
+    python benchmarks/seconds_per_case.py imagesTs \\
+        --row stock "nnUNetv2_predict_from_modelfolder -m STOCK -f 0 -device cpu" \\
+        --row dynamic "nnunet_dyn predict -m DYNAMIC -f 0 -device cpu" --output seconds.json
+"""
+
+import argparse
+import json
+import os
+import shlex
+import tempfile
+from pathlib import Path
+
+import machine
+from commands import measure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path, help="folder of nnU-Net's images")
+    parser.add_argument("--row", nargs=2, action="append", required=True, metavar=("NAME", "COMMAND"))
+    parser.add_argument("--cases", type=int, default=20, help="n (default: %(default)s)")
+    parser.add_argument("--ending", default=".nii.gz")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    cases: dict[str, list[Path]] = {}
+    for image in sorted(args.images.glob(f"*{args.ending}")):
+        cases.setdefault(image.name.removesuffix(args.ending)[: -len("_0000")], []).append(image)
+    names = sorted(cases)[: args.cases]
+    if len(names) < args.cases or args.cases < 2:
+        raise SystemExit(f"{args.images} has {len(cases)} cases; expected {args.cases}, two at least.")
+    measured: dict[str, dict[int, tuple]] = {name: {} for name, _ in args.row}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for count in (1, len(names)):
+            (folder / f"images_{count}").mkdir()
+            for case in names[:count]:
+                for image in cases[case]:
+                    os.symlink(image.absolute(), folder / f"images_{count}" / image.name)
+            for row, command in args.row:
+                flags = ["-i", folder / f"images_{count}", "-o", folder / f"{row}_{count}"]
+                measured[row][count] = measure([*shlex.split(command), *flags])
+                print(row, count, [round(value, 2) for value in measured[row][count][:2]], flush=True)
+    rows = {}
+    for row, command in args.row:
+        (one, one_cpu, _), (many, many_cpu, peak) = (measured[row][count] for count in (1, len(names)))
+        per_case = (many - one) / (len(names) - 1)
+        rows[row] = {
+            "command": " ".join(Path(word).name for word in shlex.split(command)),
+            "seconds_per_case": round(per_case, 3),
+            "cpu_seconds_per_case": round((many_cpu - one_cpu) / (len(names) - 1), 3),
+            "startup_seconds": round(one - per_case, 2),
+            "peak_bytes": peak,
+        }
+    reference = rows[args.row[0][0]]
+    for row in rows.values():
+        keys = ("seconds_per_case", "cpu_seconds_per_case", "startup_seconds", "peak_bytes")
+        row["ratios"] = {key: round(row[key] / reference[key], 3) for key in keys}
+        print(json.dumps(row))
+    if args.output:
+        result = {"machine": machine.describe(), "cases": len(names), "rows": rows}
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
