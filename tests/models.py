@@ -85,8 +85,10 @@ def write_model(
     (configuration,) = content["configurations"]
     if template is not None:
         planned = content["configurations"][configuration]
-        planned["architecture"] = derived_architecture(load_template(template), planned["architecture"])
-        planned["architecture"]["arch_kwargs"] |= arch_kwargs or {}
+        architecture = derived_architecture(load_template(template), planned["architecture"])
+        architecture["arch_kwargs"] |= arch_kwargs or {}
+        source, configuration = configuration, f"{configuration}_{template}"
+        content["configurations"][configuration] = {"inherits_from": source, "architecture": architecture}
     if previous_stage:
         content["configurations"][configuration]["previous_stage"] = "3d_lowres"
     manager = PlansManager(content)
@@ -161,8 +163,7 @@ def write_deciding_model(folder: Path, tiles: torch.Tensor, **options) -> Path:
 
 
 def content_dimension(content: dict) -> int:
-    (configuration,) = content["configurations"].values()
-    return len(configuration["patch_size"])
+    return len(next(iter(content["configurations"].values()))["patch_size"])
 
 
 def image(shape: Sequence[int], channels: int = 1, seed: int = 0) -> np.ndarray:

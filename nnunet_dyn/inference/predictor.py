@@ -426,7 +426,7 @@ class Predictor(nnUNetPredictor):
                 f"Got an array of shape {array.shape} and spacing {spacing}; expected (channels, z, y, x) and three "
                 "numbers of mm, more than 0. A 2D image is (channels, 1, y, x)."
             )
-        self._check_cascade(previous_stage is not None)
+        self.check_cascade(previous_stage is not None)
         if previous_stage is not None:
             previous_stage = np.asarray(previous_stage)[None]
         seconds = dict.fromkeys(STAGES, 0.0)
@@ -493,6 +493,12 @@ class Predictor(nnUNetPredictor):
             data = np.vstack((data, one_hot))
         return torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)), properties
 
+    def tiles(self, data: torch.Tensor) -> Iterator[torch.Tensor]:
+        """(C, *patch) of each tile of the sliding window over ``data``, (C, *shape), in order."""
+        data, _ = pad_nd_image(data, self.configuration_manager.patch_size, "constant", {"value": 0}, True, None)
+        for slicer in self._internal_get_sliding_window_slicers(data.shape[1:]):
+            yield data[slicer]
+
     def _case_decisions(self, shape: tuple[int, ...], properties: dict) -> CaseDecisions | None:
         if not self.decided:
             return None
@@ -537,7 +543,12 @@ class Predictor(nnUNetPredictor):
                 f"{image.shape[1:]}; expected the same."
             )
 
-    def _check_cascade(self, has_previous_stage: bool) -> None:
+    def check_cascade(self, has_previous_stage: bool) -> None:
+        """Check that there are segmentations of a previous stage for a cascade, and only for one.
+
+        Raises:
+            UsageError: otherwise.
+        """
         name = self.configuration_manager.previous_stage_name
         if name is not None and not has_previous_stage:
             raise UsageError(
@@ -592,7 +603,7 @@ class Predictor(nnUNetPredictor):
                 f"{self.trainer_name} trains a network that makes no decisions: it computes the same on every image. "
                 "Leave out --save-decisions and --decision-pictures, or take a model of a dynamic method."
             )
-        self._check_cascade(previous_stage is not None)
+        self.check_cascade(previous_stage is not None)
         output, ending = Path(output), self.dataset_json["file_ending"]
         cases = list_cases(images, ending)[part_id::num_parts]
         outcomes = [Outcome(case, output / f"{case}{ending}") for case, _ in cases]
