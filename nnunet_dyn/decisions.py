@@ -38,8 +38,8 @@ class Decision(Protocol):
     cost: float
     review: bool
 
-    def boxes(self, size: tuple[int, ...]) -> tuple[Box, ...]:
-        """What is computed of a tile of ``size`` voxels; nothing of a skipped one."""
+    def computed(self, size: tuple[int, ...]) -> tuple[Box, ...]:
+        """The parts of a tile of ``size`` voxels that are computed; none of a skipped one."""
 
     def mirrored(self, axes: Sequence[int], size: tuple[int, ...]) -> Decision:
         """The same for the tile flipped along ``axes``, 0 for its first spatial one."""
@@ -108,7 +108,7 @@ class TileDecision:
             return tuple(moved)
 
         whole = tuple((0, size) for size in patch)
-        return cls(place(whole), tuple(place(box) for box in decision.boxes(patch)), decision, macs)
+        return cls(place(whole), tuple(place(box) for box in decision.computed(patch)), decision, macs)
 
 
 @dataclass(frozen=True)

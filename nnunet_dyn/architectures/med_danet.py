@@ -187,7 +187,7 @@ class Decision:
         )
         return replace(self, box=box)
 
-    def boxes(self, size: Size) -> tuple[Box, ...]:
+    def computed(self, size: Size) -> tuple[Box, ...]:
         """What is segmented of a slice of ``size`` voxels."""
         if self.action == "skip":
             return ()
@@ -763,7 +763,7 @@ class MedDANetV2(nn.Module):
         policy, position = self.deciding_macs(patch)
         if decision.action == "skip":
             return policy
-        (box,) = decision.boxes(patch)
+        (box,) = decision.computed(patch)
         size = tuple(stop - start for start, stop in box)
         selecting = self.selector_macs if self.is_quantised else 0
         return policy + position * (decision.action == "crop") + sum(self.stage_macs(patch, size)) + selecting

@@ -365,7 +365,7 @@ class Predictor(nnUNetPredictor):
         results: list[tuple[torch.Tensor, Decision, float] | None] = [None] * len(tiles)
         alike: dict[tuple, list[int]] = {}
         for index, decision in enumerate(decisions):
-            sizes = tuple(tuple(stop - start for start, stop in box) for box in decision.boxes(patch))
+            sizes = tuple(tuple(stop - start for start, stop in box) for box in decision.computed(patch))
             alike.setdefault((decision.action, sizes), []).append(index)
         for (action, _), members in alike.items():
             if action == SKIP:
