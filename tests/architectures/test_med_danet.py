@@ -620,8 +620,9 @@ def test_operations_of_a_decision_are_those_that_run(decision):
     network = build(bits=[32])
     policy, position = network.deciding_macs(PATCH)
     deciding = policy + position * (decision.action == "crop")
+    expected = network.operations(decision, PATCH) - deciding
     counted = count_operations(Executes(network, decision), (1, 2, *PATCH)).total
-    assert network.operations(decision, PATCH) - deciding == counted
+    assert counted == expected
     assert (counted == 0) == (decision.action == "skip")
 
 
@@ -634,7 +635,7 @@ def test_paths_are_the_extremes_that_the_policy_may_choose():
     x = torch.randn(1, 2, *PATCH)
     assert torch.equal(network.execute(x, [everything])[0], network.segment_whole(x))
     assert (network.execute(x, [skipped])[0].argmax(1) == 0).all()
-    assert everything.cost == network.operations(everything, PATCH) > 10 * skipped.cost
+    assert everything.cost == network.operations(everything, PATCH) > 5 * skipped.cost
     assert list(build(policy_space=["whole"]).profile_paths(PATCH)) == ["everything on"]
     largest = build(policy_space=["skip", 32, 24]).profile_paths(PATCH)["everything on"]
     assert largest.action == "crop" and largest.box == ((0, 32), (0, 32))
