@@ -97,6 +97,7 @@ class Predictor(nnUNetPredictor):
     """
 
     engine: Engine
+    decided: tuple[tuple[TileDecision, ...], ...] = ()
 
     @classmethod
     def from_folder(
