@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nnunet_dyn.decisions import DecidingNetwork, Decision
 from nnunet_dyn.errors import JobError, UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from nnunet_dyn.decisions import Decision
 
 ENGINES = ("torch",)
 PLANNED_ENGINES = ("openvino", "onnxruntime")
@@ -136,7 +137,8 @@ class TorchEngine(Engine):
     def infer(self, tiles: torch.Tensor) -> torch.Tensor:
         return self._as_added_up(self._at_precision(self.network, tiles))
 
-    def _at_precision(self, run: Callable, *arguments):
+    def _at_precision(self, run, *arguments):
+        """What ``run`` returns for ``arguments``, computed in the precision of the engine."""
         import torch
 
         if self.device.type == "mps":  # has no autocast, not even one that is turned off
@@ -154,6 +156,8 @@ class TorchEngine(Engine):
 
     @property
     def decides(self) -> bool:
+        from nnunet_dyn.decisions import DecidingNetwork
+
         return isinstance(getattr(self.network, "_orig_mod", self.network), DecidingNetwork)
 
     def profile_paths(self, patch: tuple[int, ...]) -> dict[str, Decision]:
