@@ -45,6 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("-prev_stage_predictions", metavar="DIR", type=Path, help="of a cascade's first stage")
     what = parser.add_argument_group("what to predict and to write")
     what.add_argument("--save_probabilities", action="store_true", help="for nnUNetv2_ensemble")
+    what.add_argument(
+        "--save-decisions",
+        action="store_true",
+        help="of a network that decides what it computes: what it decided, in decisions/CASE.json",
+    )
+    what.add_argument(
+        "--decision-pictures", action="store_true", help="the same drawn, in decisions/CASE.png, beside the JSON"
+    )
     what.add_argument("--continue_prediction", action="store_true", help="leave out cases that are there")
     what.add_argument("-num_parts", type=int, default=1, metavar="N", help="calls that share the cases")
     what.add_argument("-part_id", type=int, default=0, metavar="N", help="which of them this one is, from 0")
@@ -96,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
             previous_stage=args.prev_stage_predictions,
             num_parts=args.num_parts,
             part_id=args.part_id,
+            save_decisions=args.save_decisions or args.decision_pictures,
+            decision_pictures=args.decision_pictures,
             report=_report_case,
         )
     summary = _summary(predictor, folder, outcomes, ready - start, time.perf_counter() - ready)
@@ -133,6 +143,10 @@ def _model_folder(args: argparse.Namespace) -> Path:
 
 def _report_case(number: int, total: int, outcome: Outcome) -> None:
     result = f"failed: {outcome.error}" if outcome.error else f"{sum(outcome.seconds.values()):.1f} s"
+    if outcome.decisions is not None:
+        totals = outcome.decisions.totals()
+        shares = [f"{100 * share:.0f} % {action}" for action, share in totals["shares"].items()]
+        result += f"; {', '.join(shares)}" + (f"; review {totals['review']}" if totals["review"] else "")
     print(f"[{number}/{total}] {outcome.case}: {result}", file=sys.stderr, flush=True)
 
 
@@ -162,6 +176,7 @@ def _summary(predictor: Predictor, folder: Path, outcomes: list[Outcome], startu
                 "output": None if outcome.error else str(outcome.output),
                 "seconds": {stage: round(value, 3) for stage, value in outcome.seconds.items()},
                 "error": outcome.error,
+                "decisions": outcome.decisions and {"review": outcome.decisions.review} | outcome.decisions.totals(),
             }
             for outcome in outcomes
         ],

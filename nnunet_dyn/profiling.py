@@ -9,7 +9,8 @@ import statistics
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -25,12 +26,19 @@ from nnunet_dyn.trainers.catalogue import STOCK, template_name, trainer_names
 if TYPE_CHECKING:
     from torch import nn
 
+    from nnunet_dyn.inference import Predictor
+
 UNITS = (
     "MACs: multiply-accumulates of one patch at batch 1, plus the normalisations (5 per element with affine part). "
     "Memory: fp32 tensors of one patch, as an accelerator allocates them, without parameters; training is what is "
     "kept for the backward pass (with deep supervision), inference the largest sum at any time. Forward pass: median, "
     "batch 1. ×: relative to the first row; of the time, the median ratio to a pass of the first row's network right "
     "before, so it is not the quotient of the seconds shown."
+)
+PATHS = (
+    "Paths of networks that decide what they compute, deciding included. MACs are those that run, at whatever width; "
+    "a pass decides and then does what the path says, or on images what was decided. The mean over images is of the "
+    "tiles of the sliding window, each once and not mirrored, with the decisions of the trained network."
 )
 
 
@@ -43,6 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--channels", type=int, default=1, help="image channels with --patch (default: %(default)s)")
     what.add_argument("--classes", type=int, default=4, help="classes with --patch (default: %(default)s)")
     what.add_argument("--table1", action="store_true", help="Martinho's Table 1, printed and reproduced")
+    what.add_argument("-m", metavar="DIR", type=Path, help="model folder: the network as it was trained")
+    parser.add_argument("-f", metavar="FOLD", help="fold of -m (default: the first that is there)")
+    parser.add_argument(
+        "-i",
+        metavar="IMAGES",
+        nargs="+",
+        type=Path,
+        help="with -m: what its network decides on these images, a folder or files named as case_0000.nii.gz",
+    )
     parser.add_argument("-tr", metavar="TRAINER", nargs="+", help="(default: every trainer of this package)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for latency (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="timed forward passes; 0: none (default: %(default)s)")
@@ -67,10 +84,33 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class PathProfile:
+    """What a network that decides costs along one path: see :data:`PATHS`.
+
+    Attributes:
+        macs: of one tile, or their mean.
+        macs_by_bits: those of each stage times its bits / 32.
+        tiles: of images, over which the numbers are means; 0 where the path is stated.
+        shares: of these tiles, by what was done with them.
+        ratios: to the stock network.
+    """
+
+    path: str
+    macs: float
+    macs_by_bits: float
+    tiles: int
+    shares: dict[str, float]
+    seconds: float | None
+    stock_seconds: float | None
+    ratios: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Profile:
     """What one network costs; units in :data:`UNITS`.
 
     ``seconds`` and ``stock_seconds`` are medians of the timed passes of this network and of the stock one between them.
+    ``paths`` are those of a network that decides what it computes.
     """
 
     trainer: str
@@ -84,6 +124,7 @@ class Profile:
     stock_seconds: float | None
     ratios: dict[str, float]
     not_counted: dict[str, int]
+    paths: tuple[PathProfile, ...] = ()
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,8 +135,14 @@ def run(args: argparse.Namespace) -> int:
         return _print_table1(args.json)
     if args.rounds < 0:
         raise UsageError(f"--rounds got {args.rounds}; expected 0 or more.")
-    subjects = _subjects(args)
+    if args.m is None and (args.i is not None or args.f is not None):
+        raise UsageError(
+            "Got -i or -f without -m; expected a trained model, since what an untrained network decides says nothing. "
+            "Name its folder with -m."
+        )
     device = _device(args.device)
+    predictor, cases = (None, []) if args.m is None else _trained(args)
+    subjects = _subjects(args) if predictor is None else _subjects_of_model(args, predictor)
     print(f"patch {' × '.join(map(str, subjects[0].patch_size))}, {subjects[0].channels} channel(s), {device}")
     heads = ["parameters", "MACs", "memory, training", "inference"] + ["forward pass"] * bool(args.rounds)
     print(f"{'trainer':32}" + "".join(f"{head:>17}" for head in heads))
@@ -103,12 +150,17 @@ def run(args: argparse.Namespace) -> int:
     stock = subjects[0] = replace(subjects[0], build=cache(subjects[0].build))
     profiles = []
     for subject in subjects:
-        profile = profile_network(subject, stock, device, args.rounds, profiles[0] if profiles else None)
+        reference = profiles[0] if profiles else None
+        profile = profile_network(subject, stock, device, args.rounds, reference)
+        if cases and subject is subjects[-1]:
+            mean = profile_images(predictor, cases, stock, device, args.rounds, profiles[0])
+            profile = replace(profile, paths=(*profile.paths, mean))
         profiles.append(profile)
         _print_row(profile, stock)
     left_out = sorted({name.removeprefix("aten::") for profile in profiles for name in profile.not_counted})
     print()
-    for text in (UNITS, f"Not counted among the MACs: {', '.join(left_out)}."):
+    notes = [UNITS, *[PATHS] * any(profile.paths for profile in profiles)]
+    for text in (*notes, f"Not counted among the MACs: {', '.join(left_out)}."):
         print(textwrap.fill(text, 117))
     if args.json is not None:
         _write_json(args.json, {"device": str(device), "units": UNITS, "profiles": [asdict(p) for p in profiles]})
@@ -131,19 +183,11 @@ def profile_network(subject: Subject, stock: Subject, device, rounds: int, refer
     costs |= {"macs": operations.total, "memory_inference": inference_memory(network, shape)}
     ratios = {key: value / (value if reference is None else getattr(reference, key)) for key, value in costs.items()}
     seconds = stock_seconds = None
-    if rounds:
-        timed, shapes = [network], [shape]
-        if reference is not None:
-            timed.insert(0, _without_deep_supervision(stock.build()))
-            shapes.insert(0, (1, stock.channels, *stock.patch_size))
-        try:
-            passes = latencies(timed, shapes, device, rounds)
-        except (RuntimeError, MemoryError) as error:
-            raise JobError(
-                f"{subject.trainer}: the forward pass on {device} failed: {error}. Take a smaller patch, or --rounds 0."
-            ) from error
-        seconds, stock_seconds = (statistics.median(row[index] for row in passes) for index in (-1, 0))
-        ratios["seconds"] = statistics.median(row[-1] / row[0] for row in passes)
+    paths = tuple(_stated_paths(subject, network, stock, device, rounds, reference))
+    if rounds and paths:  # what it would decide on noise says nothing
+        seconds, stock_seconds, ratios["seconds"] = paths[0].seconds, paths[0].stock_seconds, paths[0].ratios["seconds"]
+    elif rounds:
+        seconds, stock_seconds, ratios["seconds"] = _measured(subject, network, stock, device, rounds, network)
     return Profile(
         subject.trainer,
         subject.configuration,
@@ -153,6 +197,99 @@ def profile_network(subject: Subject, stock: Subject, device, rounds: int, refer
         stock_seconds=stock_seconds,
         ratios={key: round(value, 4) for key, value in ratios.items()},
         not_counted=operations.not_counted,
+        paths=paths,
+    )
+
+
+def _measured(subject: Subject, network, stock: Subject, device, rounds: int, run: Callable) -> tuple[float, ...]:
+    """Median seconds of ``run``, what ``network`` does, and of a pass of the stock one, and the median ratio."""
+    timed, shapes = [network], [(1, subject.channels, *subject.patch_size)]
+    if subject is not stock:
+        timed.insert(0, _without_deep_supervision(stock.build()))
+        shapes.insert(0, (1, stock.channels, *stock.patch_size))
+    try:
+        passes = latencies([*timed[:-1], run], timed, shapes, device, rounds)
+    except (RuntimeError, MemoryError) as error:
+        raise JobError(
+            f"{subject.trainer}: the forward pass on {device} failed: {error}. Take a smaller patch, or --rounds 0."
+        ) from error
+    seconds, stock_seconds = (statistics.median(row[index] for row in passes) for index in (-1, 0))
+    return seconds, stock_seconds, statistics.median(row[-1] / row[0] for row in passes)
+
+
+def _stated_paths(
+    subject: Subject, network, stock: Subject, device, rounds: int, reference: Profile | None
+) -> Iterator[PathProfile]:
+    """The paths that ``network`` names; none of one that does not decide."""
+    from nnunet_dyn.decisions import DecidingNetwork
+
+    if not isinstance(network, DecidingNetwork) or reference is None:
+        return
+    for name, decision in network.profile_paths(subject.patch_size).items():
+
+        def follow(x, decision=decision):
+            network.decide(x)
+            return network.execute(x, [decision])
+
+        seconds = stock_seconds = None
+        macs = network.operations(decision, subject.patch_size)
+        ratios = {"macs": macs / reference.macs, "macs_by_bits": decision.cost / reference.macs}
+        if rounds:
+            measured = _measured(subject, network, stock, device, rounds, follow)
+            seconds, stock_seconds, ratios["seconds"] = measured
+        ratios = {key: round(value, 4) for key, value in ratios.items()}
+        yield PathProfile(name, macs, decision.cost, 0, {}, seconds, stock_seconds, ratios)
+
+
+def profile_images(
+    predictor: Predictor, cases: list[list[Path]], stock: Subject, device, rounds: int, reference: Profile
+) -> PathProfile:
+    """The mean over the tiles of images, decided by the trained network.
+
+    Args:
+        cases: channel files of each.
+        rounds: passes of the stock network that are timed while each case is segmented.
+        reference: the profile of ``stock``.
+    """
+    import torch
+
+    network, patch = predictor.network.to(device).eval(), tuple(predictor.configuration_manager.patch_size)
+    static = _without_deep_supervision(stock.build()).to(device).eval()
+    noise = torch.randn((1, stock.channels, *stock.patch_size), device=device)
+
+    def follow(x):
+        return network.execute(x, network.decide(x))[1][0]
+
+    macs, by_bits, seconds, stock_seconds, shares = [], [], [], [], Counter()
+    for number, files in enumerate(cases, 1):
+        print(f"image {number} of {len(cases)}", file=sys.stderr, flush=True)
+        image, properties = predictor.read(files)
+        tiles = list(predictor.tiles(predictor.preprocess([image], properties)[0]))
+        timed = {round(at * (len(tiles) - 1) / max(1, rounds - 1)) for at in range(rounds)}
+        if rounds and number == 1:
+            timed_pass(static, noise, device)
+            timed_pass(follow, tiles[0][None].to(device), device)
+        for index, tile in enumerate(tiles):
+            if index in timed:
+                stock_seconds.append(timed_pass(static, noise, device)[0])
+            spent, decision = timed_pass(follow, tile[None].to(device), device)
+            seconds.append(spent)
+            macs.append(network.operations(decision, patch))
+            by_bits.append(decision.cost)
+            shares[decision.action] += 1
+    mean, mean_by_bits = statistics.fmean(macs), statistics.fmean(by_bits)
+    ratios = {"macs": mean / reference.macs, "macs_by_bits": mean_by_bits / reference.macs}
+    if rounds:
+        ratios["seconds"] = statistics.fmean(seconds) / statistics.median(stock_seconds)
+    return PathProfile(
+        f"{len(cases)} image{'s' * (len(cases) != 1)}",
+        mean,
+        mean_by_bits,
+        len(macs),
+        {action: round(count / len(macs), 4) for action, count in sorted(shares.items())},
+        statistics.fmean(seconds) if rounds else None,
+        statistics.median(stock_seconds) if rounds else None,
+        {key: round(value, 4) for key, value in ratios.items()},
     )
 
 
@@ -163,26 +300,34 @@ def _without_deep_supervision(network):
     return network
 
 
-def latencies(networks: list, shapes: list[tuple[int, ...]], device, rounds: int) -> list[list[float]]:
-    """Seconds of one forward pass of each network in turn, ``rounds`` times, after a pass that is not timed.
+def latencies(
+    runs: list[Callable], networks: list, shapes: list[tuple[int, ...]], device, rounds: int
+) -> list[list[float]]:
+    """Seconds of each run on noise of its shape in turn, ``rounds`` times, after a pass that is not timed.
 
     As in nnU-Net's prediction: evaluation mode, no gradients, on CUDA under autocast.
+
+    Args:
+        networks: what each of ``runs`` is, or what it uses.
     """
     import torch
 
     inputs = [torch.randn(shape, device=device) for shape in shapes]
-    networks = [network.to(device).eval() for network in networks]
+    for network in networks:
+        network.to(device).eval()
+    return [[timed_pass(*pair, device)[0] for pair in zip(runs, inputs, strict=True)] for _ in range(rounds + 1)][1:]
 
-    def forward(network, x) -> float:
-        start = time.perf_counter()
-        with torch.inference_mode(), torch.autocast(device.type, enabled=device.type == "cuda"):
-            network(x)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
 
-    rows = [[forward(*pair) for pair in zip(networks, inputs, strict=True)] for _ in range(rounds + 1)]
-    return rows[1:]
+def timed_pass(run: Callable, x, device) -> tuple[float, object]:
+    """Seconds of ``run(x)``, and what it returned."""
+    import torch
+
+    start = time.perf_counter()
+    with torch.inference_mode(), torch.autocast(device.type, enabled=device.type == "cuda"):
+        result = run(x)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result
 
 
 def planned_configuration(patch_size: tuple[int, ...]) -> dict:
@@ -251,7 +396,7 @@ def _subjects(args: argparse.Namespace) -> list[Subject]:
             raise UsageError("Got neither a data set with a configuration (-d, -c) nor --patch; expected one of them.")
         folder = dataset_folder(args.d, "nnUNet_preprocessed")
         plans = load_plans(folder, args.p)
-        pairs = _of_plans(plans, args)
+        pairs = _of_plans(plans, args.p, args.c, args.tr)
         try:
             dataset = json.loads((folder / "dataset.json").read_text())
         except (OSError, ValueError) as error:
@@ -272,21 +417,73 @@ def _trainers(wanted: list[str] | None, dimension: int) -> list[str]:
     return [STOCK, *(name for name in wanted if name != STOCK)]
 
 
-def _of_plans(plans: dict, args: argparse.Namespace) -> list[tuple[str, str]]:
+def _trained(args: argparse.Namespace) -> tuple[Predictor, list[list[Path]]]:
+    """The model of ``-m``, and the cases of ``-i`` if it decides."""
+    named = {"-d": args.d, "-c": args.c, "--patch": args.patch, "-tr": args.tr}
+    if given := [flag for flag, value in named.items() if value is not None]:
+        raise UsageError(f"Got -m beside {', '.join(given)}; expected the model folder alone, which says all of them.")
+    from nnunet_dyn.inference import Predictor
+    from nnunet_dyn.inference.model_folder import available_folds
+
+    folds = [args.f] if args.f else available_folds(args.m)[:1] or None
+    predictor = Predictor.from_folder(args.m, folds, device=args.device)
+    if args.i is None:
+        return predictor, []
+    if not predictor.engine.decides:
+        raise UsageError(
+            f"-i got images for a model of {predictor.trainer_name}, which computes the same on every image. "
+            "Leave out -i, or name a model of a dynamic method."
+        )
+    predictor.check_cascade(has_previous_stage=False)
+    return predictor, _cases(args.i, predictor.dataset_json["file_ending"])
+
+
+def _cases(paths: list[Path], ending: str) -> list[list[Path]]:
+    """The channel files of each case of a folder, or of files."""
+    from nnunet_dyn.inference.predictor import list_cases
+
+    if len(paths) == 1 and paths[0].is_dir():
+        return [files for _, files in list_cases(paths[0], ending)]
+    wrong = [str(path) for path in paths if not path.match(f"*_[0-9][0-9][0-9][0-9]{ending}") or not path.is_file()]
+    if wrong:
+        raise UsageError(f"-i got {wrong[0]}; expected one folder, or files named as case_0000{ending}.")
+    of_case: dict[str, list[Path]] = {}
+    for path in sorted(paths):
+        of_case.setdefault(str(path)[: -len(ending) - 5], []).append(path)
+    return list(of_case.values())
+
+
+def _subjects_of_model(args: argparse.Namespace, predictor: Predictor) -> list[Subject]:
+    """The stock network, and the trained one in place of one that is built anew."""
+    from nnunet_dyn.inference.model_folder import CHECKPOINT, load_checkpoint
+
+    checkpoint = next(args.m.glob(f"fold_{args.f or '*'}/{CHECKPOINT}"))
+    configuration = load_checkpoint(checkpoint)["init_args"]["configuration"]
+    plans, dataset = predictor.plans_manager.plans, predictor.dataset_json
+    pairs = _of_plans(plans, str(args.m), configuration, [predictor.trainer_name])
+    *before, own = [_subject(plans, dataset, *pair) for pair in pairs]
+    return [*before, replace(own, build=lambda: predictor.network)]
+
+
+def _of_plans(plans: dict, plans_name: str, configuration: str, trainers: list[str] | None) -> list[tuple[str, str]]:
     """(configuration, trainer) pairs; a derived configuration is set beside the one it comes from."""
     from nnunet_dyn.planning import source_configurations
 
     sources = source_configurations(plans)
-    if args.c not in plans["configurations"]:
-        raise UsageError(f"-c got {args.c!r}; {args.p} has {', '.join(plans['configurations'])}. Name one of those.")
-    if args.c in sources:
-        return [(args.c, trainer) for trainer in _trainers(args.tr, sources[args.c])]
-    source = args.c.rpartition("_")[0]  # as nnunet_dyn plan names what it derives
+    if configuration not in plans["configurations"]:
+        raise UsageError(
+            f"-c got {configuration!r}; {plans_name} has {', '.join(plans['configurations'])}. Name one of those."
+        )
+    if configuration in sources:
+        return [(configuration, trainer) for trainer in _trainers(trainers, sources[configuration])]
+    source = configuration.rpartition("_")[0]  # as nnunet_dyn plan names what it derives
     if source not in sources:
-        source = plans["configurations"][args.c].get("inherits_from")
+        source = plans["configurations"][configuration].get("inherits_from")
     if source not in sources:
-        raise UsageError(f"{args.c} comes from no configuration with one of nnU-Net's U-Nets; nothing to compare.")
-    return [(source, STOCK), *((args.c, trainer) for trainer in args.tr or [STOCK])]
+        raise UsageError(
+            f"{configuration} comes from no configuration with one of nnU-Net's U-Nets; nothing to compare."
+        )
+    return [(source, STOCK), *((configuration, trainer) for trainer in trainers or [STOCK])]
 
 
 def _subject(plans: dict, dataset: dict, configuration: str, trainer: str) -> Subject:
@@ -334,9 +531,18 @@ def _print_row(profile: Profile, stock: Subject) -> None:
     if profile.configuration != stock.configuration:
         name += f" {profile.configuration}"
     print(f"{name:32}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
+    for path in profile.paths:
+        cells = ["", _cell(path, "macs", 1e9, "G", 1), "", ""]
+        if path.seconds is not None:
+            cells.append(_cell(path, "seconds", 1, "s", 3))
+        print((f"  {path.path:30}" + "".join(f"{cell:>17}" for cell in cells)).rstrip(), flush=True)
+        if path.tiles:
+            shares = ", ".join(f"{100 * share:.0f} % {action}" for action, share in path.shares.items())
+            weighted = f"MACs × bits / 32 {path.ratios['macs_by_bits']:.2f}×"
+            print(f"    {path.tiles} tiles: {shares}; {weighted}", flush=True)
 
 
-def _cell(profile: Profile, key: str, scale: float, unit: str, digits: int = 0) -> str:
+def _cell(profile: Profile | PathProfile, key: str, scale: float, unit: str, digits: int = 0) -> str:
     return f"{getattr(profile, key) / scale:,.{digits}f} {unit} {profile.ratios[key]:5.2f}×"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from plans import plans_manager
+
+from nnunet_dyn.planning import derived_architecture
+from nnunet_dyn.plans_templates import load_template
 
 LABELS = {"background": 0, "a": 1, "b": 2, "c": 3, "d": 4}
 REGIONS = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "active": 3}
@@ -67,11 +70,25 @@ def write_model(
     trainer: str = "nnUNetTrainer",
     mirroring: Sequence[int] | None = (0, 1, 2),
     previous_stage: bool = False,
+    template: str | None = None,
+    arch_kwargs: dict | None = None,
+    prepare: Callable[[torch.nn.Module], None] | None = None,
     **options,
 ) -> Path:
-    """Write a model folder with random weights; ``options`` are those of ``plans``."""
+    """Write a model folder with random weights; ``options`` are those of ``plans``.
+
+    Args:
+        template, arch_kwargs: whose network it is, and arguments of it.
+        prepare: changes the network before it is written; without it its classes are made to win equally often.
+    """
     content, description = plans(channels=channels, **options), dataset(labels, channels)
     (configuration,) = content["configurations"]
+    if template is not None:
+        planned = content["configurations"][configuration]
+        architecture = derived_architecture(load_template(template), planned["architecture"])
+        architecture["arch_kwargs"] |= arch_kwargs or {}
+        source, configuration = configuration, f"{configuration}_{template}"
+        content["configurations"][configuration] = {"inherits_from": source, "architecture": architecture}
     if previous_stage:
         content["configurations"][configuration]["previous_stage"] = "3d_lowres"
     manager = PlansManager(content)
@@ -88,7 +105,10 @@ def write_model(
             manager.get_label_manager(description).num_segmentation_heads,
             enable_deep_supervision=False,
         )
-        _let_every_class_win(network, manager.get_configuration(configuration).patch_size, inputs)
+        if prepare is None:
+            _let_every_class_win(network, manager.get_configuration(configuration).patch_size, inputs)
+        else:
+            prepare(network.eval())
         (folder / f"fold_{fold}").mkdir()
         checkpoint = {
             "network_weights": network.state_dict(),
@@ -111,9 +131,39 @@ def _let_every_class_win(network: torch.nn.Module, patch_size: Sequence[int], ch
         head.bias *= 3 / logits.std()
 
 
+def write_deciding_model(folder: Path, tiles: torch.Tensor, **options) -> Path:
+    """A folder of Med-DANet V2 whose untrained policy skips a third of ``tiles``, crops a third, and has every class.
+
+    Args:
+        tiles: (B, C, *patch), a few different ones.
+    """
+
+    @torch.no_grad()
+    def prepare(network):
+        network.is_quantised.fill_(True)
+        view = network._view(tiles)
+        network.policy.fc.weight *= 30 / network.score(view).std(0).mean()
+        network.policy.fc.bias -= network.score(view).mean(0)
+        for selector in network.selectors:
+            selector.linear.weight *= 30
+        scores = sorted(decision.skip_probability for decision in network.decide(tiles))
+        network.skip_threshold.fill_(scores[-1 - len(tiles) // 3])
+        rest = sorted(d.crop_probability for d in network.decide(tiles) if d.action != "skip")
+        network.crop_threshold.fill_(rest[len(rest) // 2 - 1])
+        logits = network.segment_whole(tiles).transpose(0, 1).flatten(1)
+        for head in (network.backbone.decoder.seg_layers[0], network.crop_tail.seg_layers[0]):
+            head.bias -= logits.mean(1)
+            head.weight *= 3 / logits.std()
+            head.bias *= 3 / logits.std()
+
+    small = {"base_features": 4, "blocks": [1, 1, 1], "med_danet": {"policy_space": ["skip", 16, "whole"]}}
+    options = {"dimension": 2, "patch_size": tiles.shape[2:], "channels": tiles.shape[1]} | options
+    trainer = "nnUNetTrainerMedDANetV2"
+    return write_model(folder, trainer=trainer, template="meddanetv2", arch_kwargs=small, prepare=prepare, **options)
+
+
 def content_dimension(content: dict) -> int:
-    (configuration,) = content["configurations"].values()
-    return len(configuration["patch_size"])
+    return len(next(iter(content["configurations"].values()))["patch_size"])
 
 
 def image(shape: Sequence[int], channels: int = 1, seed: int = 0) -> np.ndarray:

@@ -3,12 +3,14 @@
 import json
 import re
 
+import models
 import pytest
 import torch
 from plans import build
 
 from nnunet_dyn import cli, listing, profiling
 from nnunet_dyn.accounting import count_operations, count_parameters, inference_memory, training_memory
+from nnunet_dyn.inference import Predictor
 from nnunet_dyn.planning import derived_architecture
 from nnunet_dyn.plans_templates import load_template, template_names
 from nnunet_dyn.trainers.catalogue import template_name, trainer_names
@@ -169,3 +171,77 @@ def test_a_dynamic_convolution_is_counted_whole(tmp_path):
     stock, ddconv, magic = json.loads((tmp_path / "p.json").read_text())["profiles"]
     assert ddconv["macs"] > stock["macs"] and 1 < magic["macs"] / stock["macs"] < 1.2
     assert all("conv" not in name and "mm" not in name for name in (*ddconv["not_counted"], *magic["not_counted"]))
+
+
+@pytest.fixture(scope="module")
+def deciding(tmp_path_factory):
+    """A model of Med-DANet V2 for 32×24 slices, and a folder with one case."""
+    folder = tmp_path_factory.mktemp("profile")
+    coarse = torch.randn((6, 1, 5, 5), generator=torch.Generator().manual_seed(0))
+    slices = torch.nn.functional.interpolate(coarse, (40, 40), mode="bicubic") * 3
+    models.write_deciding_model(folder / "model", slices[..., :32, :24], spacing=(3, 1, 1))
+    models.write_cases(folder / "images", {"case": slices.transpose(0, 1).numpy()}, (3, 1, 1))
+    return folder
+
+
+def test_a_network_that_decides_along_stated_paths(tmp_path, capsys):
+    file = tmp_path / "profile.json"
+    trainer = "nnUNetTrainerMedDANetV2"
+    assert profile("--patch", 128, 128, "-tr", trainer, "--rounds", 1, "--json", file) == 0
+    stock, ours = json.loads(file.read_text())["profiles"]
+    assert stock["paths"] == []
+    everything, skipped = ours["paths"]
+    assert [path["path"] for path in ours["paths"]] == ["everything on", "everything skipped"]
+    assert everything["macs"] > 100 * skipped["macs"] > 0  # the policy alone
+    assert everything["macs"] == everything["macs_by_bits"] == pytest.approx(ours["macs"], rel=0.01)
+    assert skipped["ratios"]["macs"] == pytest.approx(skipped["macs"] / stock["macs"], abs=1e-4)
+    assert everything["seconds"] > skipped["seconds"] > 0 and everything["seconds"] == ours["seconds"]
+    printed = capsys.readouterr().out
+    assert re.search(r"\n  everything skipped +0\.0 G +0\.\d\d× +0\.\d+ s +\d\.\d\d×\n", printed)
+    assert "Paths of networks that decide" in printed
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_the_mean_over_images_of_a_trained_network(deciding, tmp_path, capsys, rounds):
+    file = tmp_path / "profile.json"
+    images = deciding / "images"
+    given = images if rounds else images / "case_0000.nii.gz"
+    assert profile("-m", deciding / "model", "-i", given, "--rounds", rounds, "--json", file) == 0
+    stock, ours = json.loads(file.read_text())["profiles"]
+    assert (stock["trainer"], stock["configuration"]) == ("nnUNetTrainer", "2d")
+    assert (ours["trainer"], ours["configuration"]) == ("nnUNetTrainerMedDANetV2", "2d_meddanetv2")
+    everything, skipped, mean = ours["paths"]
+    predictor = Predictor.from_folder(deciding / "model", [0], device="cpu", use_mirroring=False)
+    (outcome,) = predictor.predict_files(images, tmp_path / "out")
+    totals = outcome.decisions.totals()
+    assert mean["path"] == "1 image" and mean["tiles"] == totals["tiles"] == 6 * 2 * 3
+    assert mean["shares"] == pytest.approx(totals["shares"], abs=1e-4) and len(mean["shares"]) > 1
+    assert mean["macs_by_bits"] == pytest.approx(totals["mean_macs"], rel=1e-6)
+    assert skipped["macs"] < mean["macs_by_bits"] < mean["macs"] < everything["macs"]
+    assert (mean["seconds"] is None) == (rounds == 0) and ("seconds" in mean["ratios"]) == (rounds > 0)
+    printed = capsys.readouterr().out
+    assert re.search(r"36 tiles: .*\d+ % skip.*; MACs × bits / 32 \d\.\d\d×", printed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--patch", 64, 64, "-i", "images"], "Got -i or -f without -m; .* untrained network decides says nothing"),
+        (["-m", "{model}", "-d", 5], "Got -m beside -d"),
+        (["-m", "{model}", "-i", "{images}/case.nii.gz"], "expected one folder, or files named as case_0000"),
+        (["-m", "{model}", "-f", 3], "there are folds: 0"),
+        (["-m", "nowhere"], "No model folder nowhere"),
+    ],
+)
+def test_bad_usage_of_a_model(arguments, message, deciding, capsys):
+    places = {"model": deciding / "model", "images": deciding / "images"}
+    assert profile(*(str(argument).format(**places) for argument in arguments)) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_images_for_a_network_that_does_not_decide(deciding, tmp_path, capsys):
+    model = models.write_model(tmp_path / "model", dimension=2, patch_size=(16, 16))
+    assert profile("-m", model, "-i", deciding / "images") == 2
+    assert "nnUNetTrainer, which computes the same on every image" in capsys.readouterr().err
+    assert profile("-m", model, "--rounds", 0) == 0
+    assert "nnUNetTrainer" in capsys.readouterr().out

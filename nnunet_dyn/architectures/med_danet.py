@@ -27,6 +27,7 @@ from torchvision.models import shufflenet_v2_x0_5
 
 from nnunet_dyn.accounting import count_operations
 from nnunet_dyn.architectures.blocks import kept_maps, strided_size
+from nnunet_dyn.decisions import EVERYTHING_ON, EVERYTHING_SKIPPED
 from nnunet_dyn.quantization import FULL_PRECISION, quantized
 from nnunet_dyn.safety import NEVER
 
@@ -185,6 +186,23 @@ class Decision:
             for axis, (start, stop) in enumerate(self.box)
         )
         return replace(self, box=box)
+
+    def computed(self, size: Size) -> tuple[Box, ...]:
+        """What is segmented of a slice of ``size`` voxels."""
+        if self.action == "skip":
+            return ()
+        return (self.box or tuple((0, side) for side in size),)
+
+    def to_json(self) -> dict:
+        """The fields but for the box; ``macs`` is the cost of one pass."""
+        return {
+            "action": self.action,
+            "bits": None if self.bits is None else list(self.bits),
+            "macs": round(self.cost),
+            "skip_probability": round(self.skip_probability, 6),
+            "crop_probability": round(self.crop_probability, 6),
+            "review": self.review,
+        }
 
 
 def _is_near(probability: float, threshold: float) -> bool:
@@ -739,6 +757,27 @@ class MedDANetV2(nn.Module):
             macs.append(inner[f"{decoder}.transpconvs.{level}"] + convolutions[f"{decoder}.stages.{level}"])
         macs[-1] += outer[f"{decoder}.seg_layers.0"]
         return macs
+
+    def operations(self, decision: Decision, patch: Size) -> int:
+        """Multiply-accumulates of deciding and executing once on a slice of ``patch``, of whatever width in bits."""
+        policy, position = self.deciding_macs(patch)
+        if decision.action == "skip":
+            return policy
+        (box,) = decision.computed(patch)
+        size = tuple(stop - start for start, stop in box)
+        selecting = self.selector_macs if self.is_quantised else 0
+        return policy + position * (decision.action == "crop") + sum(self.stage_macs(patch, size)) + selecting
+
+    def profile_paths(self, patch: Size) -> dict[str, Decision]:
+        """The most that can be chosen in full precision, and a skipped slice where the policy may skip."""
+        most = Decision("whole", bits=(FULL_PRECISION,) * self.n_stages)
+        if "whole" not in self.options.policy_space:
+            size = crop_size(max(self.options.crops), patch, self.divisor)
+            most = replace(most, action="crop", box=tuple((0, side) for side in size))
+        paths = {EVERYTHING_ON: most}
+        if "skip" in self.options.policy_space:
+            paths[EVERYTHING_SKIPPED] = Decision("skip", bits=())
+        return {name: replace(path, cost=float(self.operations(path, patch))) for name, path in paths.items()}
 
     def deciding_macs(self, patch: Size) -> tuple[int, int]:
         """Multiply-accumulates of the policy and of the position network, for one slice."""

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from nnunet_dyn.decisions import Decision
+
 ENGINES = ("torch",)
 PLANNED_ENGINES = ("openvino", "onnxruntime")
 # What torch computes in, by device; the first is what nnU-Net takes there.
@@ -77,6 +79,23 @@ class Engine(ABC):
             nnU-Net has it too.
         """
 
+    @property
+    def decides(self) -> bool:
+        """Whether the network decides what it computes of a tile, so that ``decide`` and ``execute`` work."""
+        return False
+
+    def profile_paths(self, patch: tuple[int, ...]) -> dict[str, Decision]:
+        """As that of :class:`nnunet_dyn.decisions.DecidingNetwork`, like the next two."""
+        raise NotImplementedError
+
+    def decide(self, tiles: torch.Tensor) -> list[Decision]:
+        """``tiles`` as of ``infer``."""
+        raise NotImplementedError
+
+    def execute(self, tiles: torch.Tensor, decisions: Sequence[Decision]) -> tuple[torch.Tensor, list[Decision]]:
+        """``tiles`` and logits as of ``infer``."""
+        raise NotImplementedError
+
 
 class TorchEngine(Engine):
     """PyTorch in eager mode, or compiled where nnU-Net's ``nnUNet_compile`` asks for it; lower precision by autocast.
@@ -116,14 +135,40 @@ class TorchEngine(Engine):
         self._loaded = fold
 
     def infer(self, tiles: torch.Tensor) -> torch.Tensor:
+        return self._as_added_up(self._at_precision(self.network, tiles))
+
+    def _at_precision(self, run, *arguments):
+        """What ``run`` returns for ``arguments``, computed in the precision of the engine."""
         import torch
 
         if self.device.type == "mps":  # has no autocast, not even one that is turned off
-            return self.network(tiles)
+            return run(*arguments)
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            logits = self.network(tiles)
-        return logits.float() if dtype is torch.bfloat16 else logits  # mirrored copies are added up in this type
+            return run(*arguments)
+
+    @staticmethod
+    def _as_added_up(logits: torch.Tensor) -> torch.Tensor:
+        """Mirrored copies are added up in single precision, or in half where nnU-Net does so."""
+        import torch
+
+        return logits.float() if logits.dtype is torch.bfloat16 else logits
+
+    @property
+    def decides(self) -> bool:
+        from nnunet_dyn.decisions import DecidingNetwork
+
+        return isinstance(getattr(self.network, "_orig_mod", self.network), DecidingNetwork)
+
+    def profile_paths(self, patch: tuple[int, ...]) -> dict[str, Decision]:
+        return self.network.profile_paths(patch)
+
+    def decide(self, tiles: torch.Tensor) -> list[Decision]:
+        return self._at_precision(self.network.decide, tiles)
+
+    def execute(self, tiles: torch.Tensor, decisions: Sequence[Decision]) -> tuple[torch.Tensor, list[Decision]]:
+        logits, done = self._at_precision(self.network.execute, tiles, decisions)
+        return self._as_added_up(logits), done
 
 
 def available_cores() -> int:

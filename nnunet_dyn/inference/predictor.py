@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import json
 import math
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from batchgenerators.utilities.file_and_folder_operations import save_json, save_pickle
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
@@ -24,10 +26,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from tqdm import tqdm
 
+from nnunet_dyn.decisions import EVERYTHING_ON, SKIP, CaseDecisions, Decision, TileDecision
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.inference.engines import Engine, TorchEngine, check_engine
 from nnunet_dyn.inference.export import complete_files, probabilities_file, segment
 from nnunet_dyn.inference.model_folder import CHECKPOINT, load_model
+from nnunet_dyn.pictures import plot_decisions
 
 STAGES = ("read", "preprocess", "network", "export")
 
@@ -36,6 +40,11 @@ STAGES = ("read", "preprocess", "network", "export")
 BATCH_VOXELS = 2**16
 # Predictions of constant tiles to remember; an image has one or two values that fill a tile.
 CONSTANT_TILES = 4
+# Tiles of a network that decides are decided together, up to so many voxels: policies are small, and sixteen slices of
+# 256² at once take 0.4 of the time (docs/predict.md). Their logits wait in memory, 4 MB a class at most.
+DECIDED_VOXELS = 2**20
+# Where the decisions of a case go, inside the output folder: nnU-Net's other commands do not look into folders.
+DECISIONS = "decisions"
 
 
 @dataclass(frozen=True)
@@ -46,11 +55,13 @@ class Prediction:
         segmentation: (z, y, x), the axes and the size of the image, uint8 (uint16 from 255 labels on).
         probabilities: (classes or regions, z, y, x) float32, ``None`` unless asked for.
         seconds: per stage, of ``read``, ``preprocess``, ``network`` and ``export``.
+        decisions: of every tile; ``None`` where the network makes none.
     """
 
     segmentation: np.ndarray
     probabilities: np.ndarray | None
     seconds: dict[str, float]
+    decisions: CaseDecisions | None = None
 
 
 @dataclass
@@ -62,25 +73,31 @@ class Outcome:
         output: where the segmentation is written. With an ``error`` it is not: what is there, if anything, is older.
         seconds: per stage.
         error: what went wrong, in one line.
+        decisions: of every tile; ``None`` where the network makes none.
     """
 
     case: str
     output: Path
     seconds: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    decisions: CaseDecisions | None = None
 
 
 class Predictor(nnUNetPredictor):
     """Predicts with any nnU-Net model. Make one with ``from_folder``.
 
     Its sliding window adds up the same logits in the same order and half precision as nnU-Net's, so that the
-    segmentation is the same; what nnU-Net offers beside ``predict`` and ``predict_files`` works as always.
+    segmentation is the same; what nnU-Net offers beside ``predict`` and ``predict_files`` works as always. A network
+    that decides what it computes is asked once a tile, not once a mirrored copy, so that its segmentations may differ.
 
     Attributes:
         engine: runs the network.
+        decided: by ``predict_logits_from_preprocessed_data``, of each fold the tiles of the sliding window in order;
+            empty where the network does not decide.
     """
 
     engine: Engine
+    decided: tuple[tuple[TileDecision, ...], ...] = ()
 
     @classmethod
     def from_folder(
@@ -216,13 +233,23 @@ class Predictor(nnUNetPredictor):
         Returns:
             (classes, *shape) in half precision on the CPU.
         """
-        logits = None
+        logits, self.decided = None, ()
         with self._threads():
             for fold in range(self.engine.folds):
                 self.engine.load(fold)
                 of_fold = self.predict_sliding_window_return_logits(data).to("cpu")
                 logits = of_fold if logits is None else logits.add_(of_fold)
+                if self.engine.decides:
+                    self.decided = (*self.decided, self._placed(tuple(data.shape)))
         return logits.div_(self.engine.folds) if self.engine.folds > 1 else logits
+
+    def _placed(self, shape: tuple[int, ...]) -> tuple[TileDecision, ...]:
+        """The decisions of the last sliding window, over an image of ``shape``, (C, *shape)."""
+        patch = self.configuration_manager.patch_size
+        image = torch.empty((1, *shape[1:]), device="meta")
+        _, inside = pad_nd_image(image, patch, "constant", {"value": 0}, True, None)  # as nnU-Net's sliding window does
+        offset = [part.start for part in inside[1:]]
+        return tuple(TileDecision.make(slicer, offset, shape[1:], *rest) for slicer, *rest in self._decided)
 
     @contextmanager
     def _threads(self) -> Iterator[None]:
@@ -256,6 +283,7 @@ class Predictor(nnUNetPredictor):
         """nnU-Net's accumulation: half precision, its order of tiles. Anything else would change some voxels."""
         device = self.device if do_on_device else torch.device("cpu")
         logits = weights = prediction = None
+        self._decided: list[tuple[tuple, Decision, float]] = []
         try:
             data = data.to(device)
             logits = torch.zeros(
@@ -284,18 +312,25 @@ class Predictor(nnUNetPredictor):
     def _predict_tiles(self, data: torch.Tensor, slicers: list[tuple]) -> Iterator[tuple[tuple, torch.Tensor]]:
         """Each slicer with its tile's (classes, *patch) logits, in order."""
         copies = self._mirrored_axes()
-        batch = max(1, BATCH_VOXELS // math.prod(self.configuration_manager.patch_size))
+        voxels = math.prod(self.configuration_manager.patch_size)
+        batch = max(1, BATCH_VOXELS // voxels)
         together = max(1, batch // len(copies))
-        constant: dict[tuple[float, ...], torch.Tensor] = {}
+        predict = self._mean_of_copies
+        if self.engine.decides:
+            together, predict = max(1, DECIDED_VOXELS // voxels), self._mean_of_decided_copies
+        constant: dict[tuple[float, ...], tuple] = {}
         for start in range(0, len(slicers), together):
             group = slicers[start : start + together]
             tiles = [data[slicer] for slicer in group]
             # What a tile is known by: its values where it is constant, or else its number.
             keys = [constant_values(tile) or number for number, tile in enumerate(tiles)]
             new = {key: tile for key, tile in zip(keys, tiles, strict=True) if key not in constant}
-            known = constant | dict(zip(new, self._mean_of_copies(list(new.values()), copies, batch), strict=True))
+            known = constant | dict(zip(new, predict(list(new.values()), copies, batch), strict=True))
             for slicer, key in zip(group, keys, strict=True):
-                yield slicer, known[key]
+                logits, *decided = known[key]
+                if decided:
+                    self._decided.append((slicer, *decided))
+                yield slicer, logits
             constant = {key: known[key] for key in [key for key in known if isinstance(key, tuple)][-CONSTANT_TILES:]}
 
     def _mirrored_axes(self) -> list[tuple[int, ...]]:
@@ -305,7 +340,7 @@ class Predictor(nnUNetPredictor):
 
     def _mean_of_copies(
         self, tiles: list[torch.Tensor], copies: list[tuple[int, ...]], batch: int
-    ) -> list[torch.Tensor]:
+    ) -> list[tuple[torch.Tensor]]:
         """(classes, *patch) logits of each (C, *patch) tile, the mean over its mirrored copies."""
         work = [(index, axes) for index in range(len(tiles)) for axes in copies]
         sums: list[torch.Tensor | None] = [None] * len(tiles)
@@ -314,7 +349,52 @@ class Predictor(nnUNetPredictor):
             stacked = torch.stack([tiles[index].flip(axes) for index, axes in part]).to(self.device)
             for (index, axes), logits in zip(part, self.engine.infer(stacked), strict=True):
                 sums[index] = logits if sums[index] is None else sums[index].add_(logits.flip(axes))
-        return [total.div_(len(copies)) for total in sums]
+        return [(total.div_(len(copies)),) for total in sums]
+
+    def _mean_of_decided_copies(
+        self, tiles: list[torch.Tensor], copies: list[tuple[int, ...]], batch: int
+    ) -> list[tuple[torch.Tensor, Decision, float]]:
+        """The same of a network that decides, with the decision of each tile and what carrying it out cost.
+
+        The decision on the tile itself serves all of its copies, with what was left open in it when it was first
+        executed. Of a skipped tile nothing more is computed. What was decided alike is executed together.
+        """
+        if not tiles:
+            return []
+        stacked = torch.stack(tiles).to(self.device)
+        decisions, patch = self.engine.decide(stacked), tuple(stacked.shape[2:])
+        results: list[tuple[torch.Tensor, Decision, float] | None] = [None] * len(tiles)
+        alike: dict[tuple, list[int]] = {}
+        for index, decision in enumerate(decisions):
+            sizes = tuple(tuple(stop - start for start, stop in box) for box in decision.computed(patch))
+            alike.setdefault((decision.action, sizes), []).append(index)
+        for (action, _), members in alike.items():
+            if action == SKIP:
+                first = members[0]
+                (background,), _ = self.engine.execute(stacked[first : first + 1], [decisions[first]])
+                for index in members:
+                    results[index] = (background, decisions[index], decisions[index].cost)
+                continue
+            done: dict[int, Decision] = {}
+            sums: dict[int, torch.Tensor] = {}
+            for work in ([(index, ()) for index in members], [(i, axes) for i in members for axes in copies[1:]]):
+                for start in range(0, len(work), batch):
+                    part = work[start : start + batch]
+                    x = torch.stack([stacked[index].flip(axes) for index, axes in part])
+                    orders = [
+                        done.get(index, decisions[index]).mirrored([axis - 1 for axis in axes], patch)
+                        for index, axes in part
+                    ]
+                    for (index, axes), logits, decision in zip(part, *self.engine.execute(x, orders), strict=True):
+                        if index in done:
+                            sums[index].add_(logits.flip(axes))
+                        else:
+                            done[index], sums[index] = decision, logits.clone()  # not a view of the whole batch
+            for index in members:
+                decided, executed = decisions[index].cost, done[index].cost
+                macs = decided + len(copies) * (executed - decided)
+                results[index] = (sums[index].div_(len(copies)), done[index], macs)
+        return results
 
     # ------------------------------------------------------------------------------------------------------- one case
 
@@ -347,13 +427,15 @@ class Predictor(nnUNetPredictor):
                 f"Got an array of shape {array.shape} and spacing {spacing}; expected (channels, z, y, x) and three "
                 "numbers of mm, more than 0. A 2D image is (channels, 1, y, x)."
             )
-        self._check_cascade(previous_stage is not None)
+        self.check_cascade(previous_stage is not None)
         if previous_stage is not None:
             previous_stage = np.asarray(previous_stage)[None]
         seconds = dict.fromkeys(STAGES, 0.0)
         allocate = (lambda shape: np.zeros(shape, np.float32)) if probabilities else None
-        result = self._predict_case([array], {"spacing": spacing}, previous_stage, seconds, allocate)
-        return Prediction(*result, seconds)
+        segmentation, into, decisions = self._predict_case(
+            [array], {"spacing": spacing}, previous_stage, seconds, allocate
+        )
+        return Prediction(segmentation, into, seconds, decisions)
 
     def _predict_case(
         self,
@@ -362,25 +444,22 @@ class Predictor(nnUNetPredictor):
         previous_stage: np.ndarray | None,
         seconds: dict[str, float],
         allocate_probabilities: Callable[[tuple[int, ...]], np.ndarray] | None,
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Segmentation and probabilities; adds to ``seconds``, and takes the array out of ``image`` to free it."""
-        self._check_image(image[0], previous_stage)
+        picture: Path | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None, CaseDecisions | None]:
+        """Segmentation, probabilities and decisions.
+
+        Adds to ``seconds``, takes the array out of ``image`` to free it, and draws the decisions into ``picture``.
+        """
         with _timed(seconds, "preprocess"):
-            # Without a previous stage nobody looks at the segmentation that the preprocessor would resample.
-            configuration = self._image_only if previous_stage is None else self.configuration_manager
-            preprocessor = configuration.preprocessor_class(verbose=self.verbose_preprocessing)
-            data, labels, properties = preprocessor.run_case_npy(
-                image.pop(), previous_stage, properties, self.plans_manager, configuration, self.dataset_json
-            )
-            if previous_stage is not None:
-                one_hot = convert_labelmap_to_one_hot(labels[0], self.label_manager.foreground_labels, data.dtype)
-                data = np.vstack((data, one_hot))
-            data = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32))
+            data, properties = self.preprocess(image, properties, previous_stage)
         with _timed(seconds, "network"):
             logits = self.predict_logits_from_preprocessed_data(data)
-        del data
+        decisions = self._case_decisions(tuple(data.shape[1:]), properties)
         with _timed(seconds, "export"), self._threads():
-            return segment(
+            if picture is not None:
+                plot_decisions(data[0].numpy(), self._labels(logits), decisions, picture)
+            del data
+            segmentation, probabilities = segment(
                 logits,
                 self.plans_manager,
                 self.configuration_manager,
@@ -388,6 +467,59 @@ class Predictor(nnUNetPredictor):
                 properties,
                 allocate_probabilities,
             )
+        return segmentation, probabilities, decisions
+
+    def preprocess(
+        self, image: list[np.ndarray], properties: dict, previous_stage: np.ndarray | None = None
+    ) -> tuple[torch.Tensor, dict]:
+        """What the network gets of an image, (C, *shape) float32, and nnU-Net's properties of it.
+
+        Args:
+            image: the one array, (channels, z, y, x), which is taken out of the list to free it.
+            properties: as nnU-Net's readers leave them, the spacing at least.
+            previous_stage: (1, z, y, x) labels of a cascade's first stage.
+
+        Raises:
+            JobError: an image that this model cannot take.
+        """
+        self._check_image(image[0], previous_stage)
+        # Without a previous stage nobody looks at the segmentation that the preprocessor would resample.
+        configuration = self._image_only if previous_stage is None else self.configuration_manager
+        preprocessor = configuration.preprocessor_class(verbose=self.verbose_preprocessing)
+        data, labels, properties = preprocessor.run_case_npy(
+            image.pop(), previous_stage, properties, self.plans_manager, configuration, self.dataset_json
+        )
+        if previous_stage is not None:
+            one_hot = convert_labelmap_to_one_hot(labels[0], self.label_manager.foreground_labels, data.dtype)
+            data = np.vstack((data, one_hot))
+        return torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)), properties
+
+    def tiles(self, data: torch.Tensor) -> Iterator[torch.Tensor]:
+        """(C, *patch) of each tile of the sliding window over ``data``, (C, *shape), in order."""
+        data, _ = pad_nd_image(data, self.configuration_manager.patch_size, "constant", {"value": 0}, True, None)
+        for slicer in self._internal_get_sliding_window_slicers(data.shape[1:]):
+            yield data[slicer]
+
+    def _case_decisions(self, shape: tuple[int, ...], properties: dict) -> CaseDecisions | None:
+        if not self.decided:
+            return None
+        forward = self.plans_manager.transpose_forward
+        cropped = properties["bbox_used_for_cropping"]
+        paths = self.engine.profile_paths(tuple(self.configuration_manager.patch_size))
+        return CaseDecisions(
+            self.decided,
+            shape,
+            tuple(int(properties["shape_before_cropping"][axis]) for axis in self.plans_manager.transpose_backward),
+            tuple((int(start), int(stop)) for start, stop in cropped),
+            tuple(forward),
+            len(self._mirrored_axes()),
+            paths[EVERYTHING_ON].cost,
+        )
+
+    def _labels(self, logits: torch.Tensor) -> np.ndarray:
+        """(*shape) labels at the network's spacing, a slice at a time."""
+        slices = [self.label_manager.convert_logits_to_segmentation(part.float()) for part in logits.split(1, 1)]
+        return torch.cat(slices).numpy()
 
     def _check_image(self, image: np.ndarray, previous_stage: np.ndarray | None) -> None:
         names = self.dataset_json.get("channel_names") or self.dataset_json.get("modality")
@@ -412,7 +544,12 @@ class Predictor(nnUNetPredictor):
                 f"{image.shape[1:]}; expected the same."
             )
 
-    def _check_cascade(self, has_previous_stage: bool) -> None:
+    def check_cascade(self, has_previous_stage: bool) -> None:
+        """Check that there are segmentations of a previous stage for a cascade, and only for one.
+
+        Raises:
+            UsageError: otherwise.
+        """
         name = self.configuration_manager.previous_stage_name
         if name is not None and not has_previous_stage:
             raise UsageError(
@@ -436,6 +573,8 @@ class Predictor(nnUNetPredictor):
         previous_stage: str | Path | None = None,
         num_parts: int = 1,
         part_id: int = 0,
+        save_decisions: bool = False,
+        decision_pictures: bool = False,
         report: Callable[[int, int, Outcome], None] | None = None,
     ) -> list[Outcome]:
         """Segment image files one after the other, in this process.
@@ -449,30 +588,37 @@ class Predictor(nnUNetPredictor):
             overwrite: ``False`` leaves out cases that are there.
             previous_stage: folder with the segmentations of a cascade's first stage.
             num_parts, part_id: take every ``num_parts``-th case from number ``part_id`` on.
+            save_decisions: write what the network decided to ``decisions/case.json`` in ``output``.
+            decision_pictures: draw it into ``decisions/case.png``.
             report: called after each case with its number from 1, their number, and its outcome.
 
         Raises:
-            UsageError: a folder or part that is not there, a folder without images, or an output folder that cannot be
-                written to.
+            UsageError: a folder or part that is not there, a folder without images, an output folder that cannot be
+                written to, or decisions asked of a network that makes none.
         """
         if not 0 <= part_id < num_parts:
             raise UsageError(f"Got part {part_id} of {num_parts}; expected 0 to {num_parts - 1}.")
-        self._check_cascade(previous_stage is not None)
+        endings = [ending for ending, wanted in ((".json", save_decisions), (".png", decision_pictures)) if wanted]
+        if endings and not self.engine.decides:
+            raise UsageError(
+                f"{self.trainer_name} trains a network that makes no decisions: it computes the same on every image. "
+                "Leave out --save-decisions and --decision-pictures, or take a model of a dynamic method."
+            )
+        self.check_cascade(previous_stage is not None)
         output, ending = Path(output), self.dataset_json["file_ending"]
         cases = list_cases(images, ending)[part_id::num_parts]
         outcomes = [Outcome(case, output / f"{case}{ending}") for case, _ in cases]
         files = [files for _, files in cases]
         if not overwrite:
-            companions = (".npz",) if save_probabilities else ()
-            todo = [
-                not all((output / f"{outcome.case}{suffix}").is_file() for suffix in (ending, *companions))
-                for outcome in outcomes
-            ]
+            wanted = ["{}" + ending, *[f"{DECISIONS}/{{}}{suffix}" for suffix in endings]]
+            wanted += ["{}.npz"] * save_probabilities
+            todo = [not all((output / name.format(outcome.case)).is_file() for name in wanted) for outcome in outcomes]
             outcomes, files = list(itertools.compress(outcomes, todo)), list(itertools.compress(files, todo))
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"Cannot make the folder {output}: {error.strerror}. Name another.") from error
+        for folder in (output, *[output / DECISIONS] * bool(endings)):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"Cannot make the folder {folder}: {error.strerror}. Name another.") from error
         try:
             with complete_files(output) as folder:  # nnU-Net's evaluation and postprocessing look for them
                 for name, content in (("dataset.json", self.dataset_json), ("plans.json", self.plans_manager.plans)):
@@ -485,7 +631,7 @@ class Predictor(nnUNetPredictor):
         for number, (outcome, channels) in enumerate(zip(outcomes, files, strict=True), 1):
             try:
                 before = previous_stage and Path(previous_stage, f"{outcome.case}{ending}")
-                self._predict_file(channels, outcome, before, save_probabilities)
+                self._predict_file(channels, outcome, before, save_probabilities, endings)
             except Exception as error:  # whatever it is, the other cases are still wanted
                 if self.verbose:
                     traceback.print_exc()
@@ -496,30 +642,52 @@ class Predictor(nnUNetPredictor):
         compute_gaussian.cache_clear()
         return outcomes
 
+    def read(self, files: Sequence[Path]) -> tuple[np.ndarray, dict]:
+        """(channels, z, y, x) of a case's channel files and their properties, by the reader that the plans name.
+
+        Raises:
+            JobError: a file that cannot be read, or not all of it.
+        """
+        return _read(self.plans_manager.image_reader_writer_class().read_images, [str(path) for path in files])
+
     def _predict_file(
-        self, files: Sequence[Path], outcome: Outcome, previous_stage: Path | None, save_probabilities: bool
+        self,
+        files: Sequence[Path],
+        outcome: Outcome,
+        previous_stage: Path | None,
+        save_probabilities: bool,
+        decision_files: Sequence[str],
     ) -> None:
         outcome.seconds = dict.fromkeys(STAGES, 0.0)
         reader = self.plans_manager.image_reader_writer_class()
         with _timed(outcome.seconds, "read"):
-            image, properties = _read(reader.read_images, [str(path) for path in files])
+            image, properties = self.read(files)
             before = None
             if previous_stage is not None:
                 before, _ = _read(reader.read_seg, str(previous_stage))
         image = [image]
         with ExitStack() as stack:
             folder = stack.enter_context(complete_files(outcome.output.parent, last=outcome.output.name))
+            names: dict[str, Path] = {}
+            if decision_files:  # entered after the other folder, so that its files are moved before the segmentation
+                beside = stack.enter_context(complete_files(outcome.output.parent / DECISIONS))
+                names = {ending: beside / f"{outcome.case}{ending}" for ending in decision_files}
             packing = stack.enter_context(ExitStack())
             allocate = None
             if save_probabilities:
                 allocate = packing.enter_context(probabilities_file(folder / f"{outcome.case}.npz"))
-            segmentation = self._predict_case(image, properties, before, outcome.seconds, allocate)[0]
+            segmentation, _, decisions = self._predict_case(
+                image, properties, before, outcome.seconds, allocate, names.get(".png")
+            )
             with _timed(outcome.seconds, "export"):
+                if ".json" in names:
+                    names[".json"].write_text(json.dumps(decisions.to_json(outcome.case)) + "\n")
                 packing.close()
                 if save_probabilities:
                     save_pickle(properties, str(folder / f"{outcome.case}.pkl"))
                 reader.write_seg(segmentation, str(folder / outcome.output.name), properties)
                 stack.close()
+        outcome.decisions = decisions
 
 
 def constant_values(tile: torch.Tensor) -> tuple[float, ...] | None:

@@ -597,3 +597,55 @@ def test_no_dropout_and_no_batch_statistics_at_inference():
     x = torch.randn(2, 2, *PATCH)
     assert not any(isinstance(module, nn.Dropout) for module in network.backbone.modules())
     assert network.decide(x)[0] == network.decide(x[:1])[0]
+
+
+# --- for the predictor and the profile --------------------------------------------------------------------------
+
+
+class Executes(nn.Module):
+    """Carries out one decision, for counting."""
+
+    def __init__(self, network, decision):
+        super().__init__()
+        self.network, self.decision = network, decision
+
+    def forward(self, x):
+        return self.network.execute(x, [self.decision])[0]
+
+
+@pytest.mark.parametrize(
+    "decision", [Decision("whole", bits=(8,) * 5), crop(8, 0, (16,) * 5), Decision("skip", bits=())]
+)
+def test_operations_of_a_decision_are_those_that_run(decision):
+    network = build(bits=[32])
+    policy, position = network.deciding_macs(PATCH)
+    deciding = policy + position * (decision.action == "crop")
+    expected = network.operations(decision, PATCH) - deciding
+    counted = count_operations(Executes(network, decision), (1, 2, *PATCH)).total
+    assert counted == expected
+    assert (counted == 0) == (decision.action == "skip")
+
+
+def test_paths_are_the_extremes_that_the_policy_may_choose():
+    network = build()
+    paths = network.profile_paths(PATCH)
+    assert list(paths) == ["everything on", "everything skipped"]
+    everything, skipped = paths.values()
+    assert everything.action == "whole" and everything.bits == (32,) * 5 and skipped.action == "skip"
+    x = torch.randn(1, 2, *PATCH)
+    assert torch.equal(network.execute(x, [everything])[0], network.segment_whole(x))
+    assert (network.execute(x, [skipped])[0].argmax(1) == 0).all()
+    assert everything.cost == network.operations(everything, PATCH) > 5 * skipped.cost
+    assert list(build(policy_space=["whole"]).profile_paths(PATCH)) == ["everything on"]
+    largest = build(policy_space=["skip", 32, 24]).profile_paths(PATCH)["everything on"]
+    assert largest.action == "crop" and largest.box == ((0, 32), (0, 32))
+
+
+def test_what_a_decision_computes_and_its_json():
+    one = crop(8, 4, (8, 16, 8, 8, 8))
+    assert one.computed(PATCH) == (one.box,) and Decision("skip").computed(PATCH) == ()
+    assert Decision("whole").computed(PATCH) == (((0, 64), (0, 48)),)
+    one = replace(one, cost=1234.6, skip_probability=0.25, crop_probability=0.75, review=True)
+    assert one.to_json() == {"action": "crop", "bits": [8, 16, 8, 8, 8], "macs": 1235, "skip_probability": 0.25,
+                             "crop_probability": 0.75, "review": True}  # fmt: skip
+    assert Decision("whole").to_json()["bits"] is None

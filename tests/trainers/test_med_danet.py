@@ -378,6 +378,34 @@ def test_a_calibration_that_fails_does_not_cost_the_training(prepared, tmp_path)
     assert "Calibration failed, the network will not skip or crop: MemoryError('no room for the case')" in log
 
 
+def test_one_decision_for_all_flips_leaves_out_no_more_than_calibration_counts(prepared):
+    """Whatever the thresholds: the tile itself is one of the mirrored passes that calibration looks at."""
+    trainer = start(prepared(policy_space=["skip", 16, 24, "whole"]))
+    trainer.inference_allowed_mirroring_axes = (0, 1)
+    network = trainer.network.eval()
+    tiles = torch.randn(24, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for part in (network.policy, network.position):
+            scores = part(network._view(tiles))
+            part.fc.weight *= 2 / scores.std(0).mean()
+            part.fc.bias -= part(network._view(tiles)).mean(0)
+    seen = trainer._probe_mirrored(tiles)
+    found, others = [], 0
+    for threshold in (0.1, 0.2, 0.3, 0.5, 0.7):
+        network.skip_threshold.fill_(threshold)
+        network.crop_threshold.fill_(threshold)
+        for (skip, crop, inside), decision in zip(seen, network.decide(tiles), strict=True):
+            found.append(decision.action)
+            others += decision.action != "skip" and skip > threshold
+            if decision.action == "skip":
+                assert skip > threshold
+            elif decision.action == "crop":
+                assert crop > threshold
+                for shared, (start_, stop) in zip(inside, decision.box, strict=True):
+                    assert shared.start == shared.stop or (start_ <= shared.start and shared.stop <= stop)
+    assert set(found) == {"skip", "crop", "whole"} and others, "flips would decide otherwise"
+
+
 class SkipsTilesAt:
     """In the place of ``_probe_mirrored``: sure to skip the tiles in which the first voxel's value says so."""
 
