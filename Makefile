@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # For instance: make test PYTEST_ARGS="-m 'not integration'"
 PYTEST_ARGS ?=
+# Tests run side by side, each on one core; the tests of a file stay together, since they share what they have trained.
+TEST_WORKERS ?= 2
 # For instance, to leave out CUDA: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
 
@@ -19,7 +21,7 @@ demo: install
 	$(BIN)/nnunet_dyn demo --overwrite
 
 test: install
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
