@@ -64,21 +64,9 @@ def label_boxes(labels: np.ndarray, classes: Iterable[int | Sequence[int]], gap:
         Boxes by class: by the label, or by a region's place in ``classes``. A class that is absent has none.
     """
     found = {}
-    extents = ndimage.find_objects(np.maximum(labels, 0))
     for place, entry in enumerate(classes):
-        members = [entry] if isinstance(entry, (int, np.integer)) else list(entry)
-        parts = [box for label in members if 0 < label <= len(extents) and (box := extents[label - 1]) is not None]
-        key = int(entry) if isinstance(entry, (int, np.integer)) else place
-        found[key] = []
-        if parts:
-            extent = tuple(
-                slice(min(p.start for p in axis), max(p.stop for p in axis)) for axis in zip(*parts, strict=True)
-            )
-            boxes = mask_boxes(np.isin(labels[extent], members), gap)
-            found[key] = [
-                tuple((start + at.start, stop + at.start) for (start, stop), at in zip(box, extent, strict=True))
-                for box in boxes
-            ]
+        is_label = isinstance(entry, (int, np.integer))
+        found[int(entry) if is_label else place] = mask_boxes(np.isin(labels, entry), gap)
     return found
 
 
@@ -89,9 +77,15 @@ def mask_boxes(mask: np.ndarray, gap: int = 2, connectivity: int | None = None) 
         gap: boxes with at most this many voxels between them on every axis are one; ``0`` merges those that overlap.
         connectivity: along how many axes at once voxels are neighbours; ``None`` means all, so corners count.
     """
+    extents = ndimage.find_objects(mask.astype(np.uint8))  # labelling takes long, so only where there is something
+    if not extents:
+        return []
     structure = ndimage.generate_binary_structure(mask.ndim, connectivity or mask.ndim)
-    components, _ = ndimage.label(mask, structure)
-    boxes = [tuple((axis.start, axis.stop) for axis in box) for box in ndimage.find_objects(components)]
+    components, _ = ndimage.label(mask[extents[0]], structure)
+    boxes = [
+        tuple((at.start + axis.start, at.start + axis.stop) for axis, at in zip(box, extents[0], strict=True))
+        for box in ndimage.find_objects(components)
+    ]
     return merge(boxes, gap)
 
 
