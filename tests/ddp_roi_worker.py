@@ -1,4 +1,4 @@
-"""What each process of the ROI segmentor's DistributedDataParallel test runs, in a module that a new process imports."""
+"""What each process of the ROI segmentor's DistributedDataParallel test runs; a new process can import it."""
 
 import torch
 import torch.distributed as dist
