@@ -310,8 +310,8 @@ class ROISegmentor(nn.Module):
 
     def _divisor(self, size: Size) -> tuple[Size, Size]:
         """What an ROI of ``size`` must be a multiple of, and its least sides."""
-        if isinstance(self.network, StageSkippingUNet):
-            return self.network.divisor(size)
+        if (divisor := getattr(self.network, "divisor", None)) is not None:
+            return divisor(size)
         return self.divisor, tuple(_DEEPEST * step for step in self.divisor)
 
     def _run_size(self, box: Box) -> Size:
@@ -626,9 +626,9 @@ class RefineBlock(nn.Module):
 
     Depthwise convolution as positional encoding; pointwise, depthwise and pointwise convolution (local
     representations); two linear layers; positional encoding; attention among every ``reduction``-th voxel, spread by a
-    depthwise transposed convolution; two linear layers. Every branch but the encodings begins with the plan's
-    normalisation, and its activation stands where the paper has GELU: unnormalised sums of branches diverge with
-    nnU-Net's learning rate.
+    depthwise transposed convolution; two linear layers. Here every branch but the encodings begins with the plan's
+    normalisation, and its activation stands in for GELU, so that SGD at nnU-Net's learning rate meets branches of one
+    size.
     """
 
     def __init__(self, make: _Layers, channels: int, kernel: Size, reduction: Size, expansion: int):
