@@ -72,7 +72,7 @@ def fit_box(box: Box, patch: Sequence[int], divisor: Sequence[int], least: Seque
     >>> fit_box(((10, 15),), (64,), (8,), (16,), aligned=False)
     ((5, 21),)
     >>> fit_box(((10, 15),), (64,), (8,), (16,), aligned=True)
-    ((0, 16),)
+    ((8, 24),)
 
     Args:
         least: voxels an axis that the crop has at least, where the tile has them.
