@@ -1,0 +1,290 @@
+"""Regions of interest: boxes around targets, how they travel as a segmentation, and what every detector shares.
+
+After Kim et al. 2025, "Multi-Stage Hierarchical Feature Extraction for Efficient 3D Medical Image Segmentation": a
+detector finds the region in which a segmentor works. nnU-Net's cascade carries a label map from one configuration to
+the next, so that boxes are rendered as logits in which each box is filled with its label. ``docs/roi_cascade.md`` has
+what differs from the paper and why.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import numpy as np
+import torch
+from scipy import ndimage
+from scipy.sparse.csgraph import connected_components
+from torch import nn
+
+#: Per axis the first voxel and the one behind the last.
+Box = tuple[tuple[int, int], ...]
+
+#: Logits of a box's label inside it, and of the background outside. Both survive averages in half precision. The first
+#: is larger, so that a box which one of two overlapping tiles has found outlives their average.
+INSIDE, OUTSIDE = 16.0, 8.0
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A box that a detector has found.
+
+    Attributes:
+        score: how sure it is, from 0 to 1.
+
+    Raises:
+        ValueError: an empty box, or no such score.
+    """
+
+    box: Box
+    score: float
+
+    def __post_init__(self):
+        if any(start >= stop for start, stop in self.box):
+            raise ValueError(f"box got {self.box}; expected start < stop on every axis.")
+        if not 0 <= self.score <= 1:
+            raise ValueError(f"score got {self.score}; expected 0 to 1.")
+
+
+# --- boxes of a segmentation ---------------------------------------------------------------------------------------
+
+
+def label_boxes(labels: np.ndarray, classes: Iterable[int | Sequence[int]], gap: int = 2) -> dict[int, list[Box]]:
+    """The boxes of the connected targets of each class of one case.
+
+    Args:
+        labels: ``(*spatial)``, whole numbers.
+        classes: a label each, or for a region the labels in it.
+        gap: see :func:`mask_boxes`.
+
+    Returns:
+        Boxes by class: by the label, or by a region's place in ``classes``. A class that is absent has none.
+    """
+    found = {}
+    for place, entry in enumerate(classes):
+        is_label = isinstance(entry, (int, np.integer))
+        found[int(entry) if is_label else place] = mask_boxes(np.isin(labels, entry), gap)
+    return found
+
+
+def mask_boxes(mask: np.ndarray, gap: int = 2, connectivity: int | None = None) -> list[Box]:
+    """The bounding boxes of the connected components of ``mask``, ``(*spatial)``.
+
+    Args:
+        gap: boxes with at most this many voxels between them on every axis are one; ``0`` merges those that overlap.
+        connectivity: along how many axes at once voxels are neighbours; ``None`` means all, so corners count.
+    """
+    extents = ndimage.find_objects(mask.astype(np.uint8))  # labelling takes long, so only where there is something
+    if not extents:
+        return []
+    structure = ndimage.generate_binary_structure(mask.ndim, connectivity or mask.ndim)
+    components, _ = ndimage.label(mask[extents[0]], structure)
+    boxes = [
+        tuple((at.start + axis.start, at.start + axis.stop) for axis, at in zip(box, extents[0], strict=True))
+        for box in ndimage.find_objects(components)
+    ]
+    return merge(boxes, gap)
+
+
+def merge(boxes: Sequence[Box], gap: int = 0) -> list[Box]:
+    """The bounding boxes of groups of ``boxes`` that overlap or have at most ``gap`` voxels between them."""
+    while len(boxes) > 1:
+        start, stop = np.array(boxes).transpose(2, 0, 1)
+        # Without a gap, boxes that only touch stay apart.
+        is_near = (start[:, None] < stop[None] + gap + (gap > 0)).all(2)
+        count, group = connected_components(is_near & is_near.T, directed=False)
+        if count == len(boxes):
+            break
+        boxes = [
+            tuple(zip(start[group == one].min(0).tolist(), stop[group == one].max(0).tolist(), strict=True))
+            for one in range(count)
+        ]
+    return list(boxes)
+
+
+def enlarge(box: Box, margin: int | Sequence[int], shape: Sequence[int]) -> Box:
+    """``box`` with ``margin`` voxels more on either side of each axis, within ``shape``."""
+    margins = [margin] * len(box) if isinstance(margin, int) else margin
+    return tuple(
+        (max(0, int(start - more)), min(int(size), int(stop + more)))
+        for (start, stop), more, size in zip(box, margins, shape, strict=True)
+    )
+
+
+def jitter(box: Box, shape: Sequence[int], rng: np.random.Generator, shrink: float = 0.05, grow: float = 0.25) -> Box:
+    """``box`` as an imperfect detector would give it: each side moves on its own, so position and size change.
+
+    Args:
+        shrink, grow: how far a side moves inwards and outwards at most, as a share of the box's extent on that axis;
+            outwards at least two voxels. Detectors are calibrated to leave hardly anything out, hence the difference.
+    """
+    moved = []
+    for (start, stop), size in zip(box, shape, strict=True):
+        extent = stop - start
+        low, high = -shrink * extent, max(2.0, grow * extent)
+        first = max(0, start - round(rng.uniform(low, high)))
+        behind = min(int(size), stop + round(rng.uniform(low, high)))
+        moved.append((first, behind) if first < behind else (start, stop))
+    return tuple(moved)
+
+
+def volume(box: Box) -> int:
+    """Voxels in ``box``."""
+    return prod(stop - start for start, stop in box)
+
+
+# --- boxes as logits and back --------------------------------------------------------------------------------------
+
+
+def render_boxes(
+    boxes: Mapping[int, Sequence[Box]], shape: Sequence[int], num_classes: int, regions: bool = False
+) -> torch.Tensor:
+    """Logits whose segmentation fills each box with its label; where boxes overlap, smaller ones win.
+
+    The box that wins a voxel is the foreground there, so the union of the boxes is kept. With regions, each class has
+    logits of its own and all boxes stay.
+
+    Args:
+        boxes: by class, which is its channel in the logits: the label, or the region's place.
+
+    Returns:
+        ``(num_classes, *shape)``.
+    """
+    logits = torch.full((num_classes, *shape), -OUTSIDE)
+    if not regions:
+        logits[0] = OUTSIDE
+    pairs = [(label, box) for label, found in boxes.items() for box in found]
+    for label, box in sorted(pairs, key=lambda pair: -volume(pair[1])):
+        inside = tuple(slice(start, stop) for start, stop in box)
+        if not regions:
+            logits[(slice(None), *inside)] = -INSIDE
+        logits[(label, *inside)] = INSIDE
+    return logits
+
+
+def read_boxes(label_map: np.ndarray) -> dict[int, list[Box]]:
+    """The boxes that a rendered segmentation, ``(*spatial)``, was made of, by label.
+
+    Exact for boxes that do not overlap, and of which none of one label touch. Of others the union lies inside what
+    comes back.
+    """
+    present = [label + 1 for label, box in enumerate(ndimage.find_objects(label_map)) if box is not None]
+    return {label: mask_boxes(label_map == label, gap=0, connectivity=1) for label in present}
+
+
+# --- detectors -----------------------------------------------------------------------------------------------------
+
+
+class _Labels(nn.Module):
+    """What the classes are. Prediction has no other source for it than the state dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        # nnU-Net passes over keys with ".seg_layers." when it loads pretrained weights, whose labels are others.
+        self.seg_layers = nn.Module()
+        self.seg_layers.register_buffer("are_regions", torch.tensor(False))
+        self.seg_layers.register_buffer("ignored", torch.tensor(-1))
+
+
+class DetectorNetwork(nn.Module, ABC):
+    """A network that finds boxes in a patch; as nnU-Net sees it, one that segments them.
+
+    In training mode :meth:`forward` returns what :meth:`loss` takes. In evaluation mode it returns logits
+    ``(B, num_classes, *patch)`` with the boxes rendered, enlarged by ``margin``.
+
+    Args:
+        patch_size: voxels per axis that the network is trained on.
+
+    Attributes:
+        margin: voxels per axis by which boxes are enlarged; a buffer, as calibration sets it.
+        score_threshold: detections below it do not count; a buffer likewise.
+        detections: set it to a list, and evaluation appends what :meth:`detect` finds in each sample, by class.
+
+    Raises:
+        ValueError: deep supervision, which trainers ask for that do not know the method.
+    """
+
+    #: The trainer that knows the procedure.
+    trainer: ClassVar[str] = "nnUNetTrainerROICascade"
+
+    def __init__(
+        self, input_channels: int, num_classes: int, deep_supervision: bool = False, *, patch_size: Sequence[int]
+    ):
+        super().__init__()
+        if deep_supervision:
+            raise ValueError(
+                f"{type(self).__name__} got deep supervision, as trainers ask for it that do not know the method; "
+                f"expected the method's own. Train with -tr {self.trainer}."
+            )
+        self.input_channels, self.num_classes, self.patch_size = input_channels, num_classes, tuple(patch_size)
+        self.labels = _Labels()
+        self.register_buffer("margin", torch.zeros(len(self.patch_size), dtype=torch.long))
+        self.register_buffer("score_threshold", torch.tensor(0.5))
+        self.detections: list[dict[int, list[Detection]]] | None = None
+
+    def set_labels(self, regions: bool, ignored: int | None) -> None:
+        """Say whether the classes are regions, none of which is the background, and which label is ignored."""
+        self.labels.seg_layers.are_regions.fill_(regions)
+        self.labels.seg_layers.ignored.fill_(-1 if ignored is None else ignored)
+
+    @property
+    def has_regions(self) -> bool:
+        return bool(self.labels.seg_layers.are_regions)
+
+    @property
+    def classes(self) -> range:
+        """The channels of the logits that are foreground, which are the classes of every mapping here."""
+        return range(0 if self.has_regions else 1, self.num_classes)
+
+    def foreground(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a batch's targets say of each class.
+
+        Args:
+            target: ``(B, 1, *patch)`` labels, or with regions ``(B, regions, *patch)``, behind which nnU-Net puts a
+                channel for the ignored label if there is one.
+
+        Returns:
+            Masks of :attr:`classes`, ``(B, classes, *patch)``, and of the voxels that are known, ``(B, *patch)``.
+        """
+        ignored = int(self.labels.seg_layers.ignored)
+        if self.has_regions:
+            masks = target[:, : self.num_classes].bool()
+            known = ~target[:, self.num_classes].bool() if ignored >= 0 else torch.ones_like(masks[:, 0])
+            return masks, known
+        masks = torch.cat([target == label for label in self.classes], 1)
+        return masks, target[:, 0] != ignored
+
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> dict | torch.Tensor:
+        """``x: (B, input_channels, *patch)``; see the class."""
+        if self.training:
+            return self.raw(x)
+        found = self.detect(x)
+        if self.detections is not None:
+            self.detections.extend(found)
+        margin, shape = self.margin.tolist(), x.shape[2:]
+        rendered = [
+            render_boxes(
+                {label: [enlarge(one.box, margin, shape) for one in each] for label, each in sample.items()},
+                shape,
+                self.num_classes,
+                self.has_regions,
+            )
+            for sample in found
+        ]
+        return torch.stack(rendered).to(x.device)
+
+    @abstractmethod
+    def raw(self, x: torch.Tensor) -> dict:
+        """What the layers say of ``x: (B, input_channels, *patch)``, for :meth:`loss`."""
+
+    @abstractmethod
+    def loss(self, outputs: dict, target: torch.Tensor) -> torch.Tensor:
+        """A scalar; the boxes to find are those of ``target``, which :meth:`foreground` explains."""
+
+    @abstractmethod
+    def detect(self, x: torch.Tensor) -> list[dict[int, list[Detection]]]:
+        """For each sample of ``x`` the boxes of each class whose score reaches the threshold, without the margin."""

@@ -1,0 +1,264 @@
+"""Detectors of regions of interest. What they share: ``architectures/roi.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+import torch
+from dynamic_network_architectures.building_blocks.residual import BasicBlockD
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He, init_last_bn_before_add_to_0
+from scipy import ndimage
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from nnunet_dyn.architectures.roi import Box, Detection, DetectorNetwork, mask_boxes, merge
+
+#: Weights of the boxes' L1 and generalised IoU beside the mask's losses, as in DETR (Carion et al. 2020).
+_L1, _GIOU = 5.0, 2.0
+
+
+class LowResDetector(DetectorNetwork):
+    """Finds targets in a whole volume at low resolution, by a coarse mask and a regressed box of each.
+
+    A residual encoder and a decoder that adds up as in a feature pyramid end at the resolution behind the first stage.
+    There, each voxel says of each class whether the class is in it, and how far the six (in 3D) sides of its target's
+    box are, as in FCOS (Tian et al. 2019), whose centre-ness is the mask's probability here. A connected component of
+    the mask is a detection. Its box is the union of the component's bounding box, which cannot miss what the mask has
+    found, and of the mean of its voxels' boxes, which reaches over what the mask leaves out.
+
+    Args:
+        features_per_stage: width of each stage.
+        strides, kernel_sizes: of each stage, per axis; every stage may halve, the first one too.
+        blocks_per_stage: residual blocks.
+        pyramid: width of the decoder.
+
+    Raises:
+        ValueError: see :class:`~nnunet_dyn.architectures.roi.DetectorNetwork`; lists of different lengths; an axis of
+            the patch that is not divisible by its strides.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        deep_supervision: bool = False,
+        *,
+        patch_size: Sequence[int],
+        features_per_stage: Sequence[int],
+        strides: Sequence[Sequence[int]],
+        kernel_sizes: Sequence[Sequence[int]],
+        blocks_per_stage: int = 1,
+        pyramid: int = 32,
+        conv_op: type[_ConvNd] = nn.Conv3d,
+        norm_op: type[nn.Module] = nn.InstanceNorm3d,
+    ):
+        super().__init__(input_channels, num_classes, deep_supervision, patch_size=patch_size)
+        lengths = [len(features_per_stage), len(strides), len(kernel_sizes)]
+        if len(set(lengths)) != 1 or not lengths[0]:
+            raise ValueError(
+                f"features_per_stage, strides and kernel_sizes got {lengths} entries; expected one a stage in each."
+            )
+        divisor = [prod(axis) for axis in zip(*strides, strict=True)]
+        if any(size % step for size, step in zip(self.patch_size, divisor, strict=True)):
+            raise ValueError(
+                f"Got patches of {self.patch_size} voxels; expected every axis divisible by the product of the "
+                f"strides, {divisor}. Change the patch size of the plans."
+            )
+        self.stride = tuple(strides[0])
+        shared = {
+            "norm_op": norm_op,
+            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+            "nonlin": nn.LeakyReLU,
+            "nonlin_kwargs": {"inplace": True},
+        }
+        self.stages, self.lateral, self.smooth = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        channels = input_channels
+        for width, stride, kernel in zip(features_per_stage, strides, kernel_sizes, strict=True):
+            blocks = [
+                BasicBlockD(conv_op, channels if first else width, width, list(kernel), s, **shared)
+                for first, s in [(True, list(stride)), *[(False, [1] * len(stride))] * (blocks_per_stage - 1)]
+            ]
+            self.stages.append(nn.Sequential(*blocks))
+            self.lateral.append(conv_op(width, pyramid, 1))
+            channels = width
+        # The coarsest map is read as it is.
+        self.smooth.extend(
+            BasicBlockD(conv_op, pyramid, pyramid, list(kernel), [1] * len(kernel), **shared)
+            for kernel in kernel_sizes[:-1]
+        )
+        self.head = nn.Module()
+        # nnU-Net passes over keys with ".seg_layers." when it loads pretrained weights.
+        self.head.seg_layers = nn.ModuleDict(
+            {
+                "mask": conv_op(pyramid, num_classes, 1),
+                "sides": conv_op(pyramid, num_classes * 2 * len(self.patch_size), 1),
+            }
+        )
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """He initialisation, residual branches off; masks start from a prior of one voxel in a hundred."""
+        if isinstance(module, LowResDetector):
+            nn.init.constant_(module.head.seg_layers["mask"].bias, -4.6)
+            # Sides start at a tenth of the patch, so that no box is empty.
+            nn.init.normal_(module.head.seg_layers["sides"].weight, std=1e-3)
+            nn.init.constant_(module.head.seg_layers["sides"].bias, -2.25)
+        else:
+            InitWeights_He(1e-2)(module)
+            init_last_bn_before_add_to_0(module)
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
+        """Memory of one training sample of ``input_size`` voxels, in nnU-Net's unit: elements that convolutions write.
+
+        Raises:
+            ValueError: ``input_size`` is not divisible by the strides.
+        """
+        size, total = list(input_size), np.int64(0)
+        for index, stage in enumerate(self.stages):
+            for block in stage:
+                total += block.compute_conv_feature_map_size(size)
+                size = [length // step for length, step in zip(size, block.stride, strict=True)]
+            total += np.int64(self.lateral[index].out_channels * prod(size))
+            if index < len(self.smooth):
+                total += self.smooth[index].compute_conv_feature_map_size(size)
+            if not index:
+                total += np.int64(sum(layer.out_channels for layer in self.head.seg_layers.values()) * prod(size))
+        return total
+
+    def raw(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``x: (B, input_channels, *patch)`` → ``mask``, logits ``(B, num_classes, *coarse)``, and ``sides``, distances
+        in voxels from each coarse voxel's middle to the box's sides, ``(B, num_classes, 2, axes, *coarse)``."""
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        y = self.lateral[-1](maps[-1])
+        for index in reversed(range(len(self.smooth))):
+            y = F.interpolate(y, maps[index].shape[2:], mode="nearest")
+            y = self.smooth[index](y + self.lateral[index](maps[index]))
+        mask, sides = (self.head.seg_layers[name](y).float() for name in ("mask", "sides"))
+        extent = self._per_axis([size * step for size, step in zip(y.shape[2:], self.stride, strict=True)], sides)
+        sides = F.softplus(sides).unflatten(1, (self.num_classes, 2, y.ndim - 2)) * extent
+        return {"mask": mask, "sides": sides}
+
+    @staticmethod
+    def _per_axis(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+        """One number an axis, ready to be multiplied with ``(…, axes, *coarse)``."""
+        return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, *[1] * len(values))
+
+    # --- training ---
+
+    def loss(self, outputs: dict[str, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+        """Binary cross-entropy and Dice of the masks, L1 and generalised IoU of the boxes where there is a target.
+
+        A coarse voxel is a target if any of its voxels is, so that small ones do not vanish. Where a class has no
+        target, only the masks count.
+        """
+        masks, known = self.foreground(target)
+        # The channel of the background, where there is one, stays as it is.
+        logits, sides = (outputs[name][:, self.classes.start :] for name in ("mask", "sides"))
+        coarse, known = self._coarse(masks), ~self._coarse(~known.unsqueeze(1))
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, coarse.float(), reduction="none")
+        total = (cross_entropy * known).sum() / known.expand_as(logits).sum().clamp(min=1)
+        axes = tuple(range(2, logits.ndim))
+        probabilities = torch.sigmoid(logits) * known
+        overlap = (probabilities * coarse).sum(axes)
+        dice = (2 * overlap + 1) / (probabilities.sum(axes) + (coarse & known).sum(axes) + 1)
+        total = total + (1 - dice).mean()
+        found, wanted = self._sides_of_targets(masks, coarse & known, sides)
+        extent = torch.tensor(target.shape[2:], device=sides.device)
+        per_box = _L1 * ((found - wanted).abs() / extent).mean((1, 2)) + _GIOU * (1 - generalised_iou(found, wanted))
+        # Without a target nothing is to be found, but every parameter stays in the graph.
+        return total + per_box.sum() / max(1, len(per_box)) + 0 * sides.sum()
+
+    def _coarse(self, masks: torch.Tensor) -> torch.Tensor:
+        pool = F.max_pool2d if masks.ndim == 4 else F.max_pool3d
+        return pool(masks.float(), self.stride, self.stride) > 0
+
+    def _sides_of_targets(
+        self, masks: torch.Tensor, counts: torch.Tensor, sides: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The distances to the sides that were found and those to be found, ``(N, 2, axes)`` each, for the ``N`` coarse
+        voxels of targets, ``counts: (B, classes, *coarse)``."""
+        axes = masks.ndim - 2
+        steps = torch.tensor(self.stride, device=sides.device)
+        found, wanted = [sides.new_zeros(0, 2, axes)], [sides.new_zeros(0, 2, axes)]
+        for index, sample in enumerate(masks.cpu().numpy()):
+            for channel, mask in enumerate(sample):
+                for box in mask_boxes(mask, gap=max(self.stride)):
+                    at = tuple(
+                        slice(start // step, -(-stop // step))
+                        for (start, stop), step in zip(box, self.stride, strict=True)
+                    )
+                    voxels = counts[(index, channel, *at)].nonzero()
+                    of_box = sides[(index, channel, slice(None), slice(None), *at)]
+                    found.append(of_box[(slice(None), slice(None), *voxels.unbind(1))].permute(2, 0, 1))
+                    corner = torch.tensor([axis.start for axis in at], device=sides.device)
+                    middles = (voxels + corner + 0.5) * steps
+                    start, stop = torch.tensor(box, device=sides.device).unbind(1)
+                    wanted.append(torch.stack([middles - start, stop - middles], 1))
+        return torch.cat(found), torch.cat(wanted)
+
+    # --- evaluation ---
+
+    @torch.no_grad()
+    def detect(self, x: torch.Tensor) -> list[dict[int, list[Detection]]]:
+        """The boxes of each sample by class. Their score is the highest probability in the component; its voxels are
+        those whose probability reaches the threshold."""
+        outputs = self.raw(x)
+        threshold = float(self.score_threshold)
+        probabilities = torch.sigmoid(outputs["mask"]).cpu().numpy()
+        sides = outputs["sides"].cpu().numpy()
+        return [
+            {label: self._found(sample[label], distances[label], threshold, x.shape[2:]) for label in self.classes}
+            for sample, distances in zip(probabilities, sides, strict=True)
+        ]
+
+    def _found(
+        self, probability: np.ndarray, sides: np.ndarray, threshold: float, patch: Sequence[int]
+    ) -> list[Detection]:
+        components, _ = ndimage.label(probability >= threshold, np.ones((3,) * probability.ndim))
+        boxes: list[Box] = []
+        for number, extent in enumerate(ndimage.find_objects(components), 1):
+            voxels = np.nonzero(components[extent] == number)
+            voxels = tuple(index + axis.start for index, axis in zip(voxels, extent, strict=True))
+            weight = probability[voxels]
+            box = []
+            for axis, (part, step, size) in enumerate(zip(extent, self.stride, patch, strict=True)):
+                middle = (voxels[axis] + 0.5) * step
+                start = np.average(middle - sides[(0, axis, *voxels)], weights=weight)
+                stop = np.average(middle + sides[(1, axis, *voxels)], weights=weight)
+                box.append(
+                    (
+                        max(0, min(part.start * step, round(float(start)))),
+                        min(int(size), max(part.stop * step, round(float(stop)))),
+                    )
+                )
+            boxes.append(tuple(box))
+        return [Detection(box, self._score(probability, box)) for box in merge(boxes)]
+
+    def _score(self, probability: np.ndarray, box: Box) -> float:
+        inside = tuple(
+            slice(start // step, -(-stop // step)) for (start, stop), step in zip(box, self.stride, strict=True)
+        )
+        return float(probability[inside].max())
+
+
+def generalised_iou(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Rezatofighi et al. 2019, "Generalized Intersection over Union", in any number of dimensions.
+
+    Both boxes are given as distances of their sides from one point inside the wanted one.
+
+    Args:
+        found, wanted: ``(N, 2, axes)``, to the first and to the last side.
+
+    Returns:
+        ``(N,)``, from -1 to 1 for equal boxes.
+    """
+    both = torch.minimum(found, wanted).sum(1).clamp(min=0).prod(1)
+    hull = torch.maximum(found, wanted).sum(1).prod(1).clamp(min=1e-6)
+    either = (found.sum(1).clamp(min=0).prod(1) + wanted.sum(1).clamp(min=0).prod(1) - both).clamp(min=1e-6)
+    return both / either - (hull - either) / hull

@@ -1,0 +1,764 @@
+"""Segmentation of regions of interest (ROIs): Kim et al. 2025, "Multi-Stage Hierarchical Feature Extraction for
+Efficient 3D Medical Image Segmentation", Section 3.2.
+
+:class:`ROISegmentor` runs any U-Net on the crops of a tile that a gate asks for, and on nothing else.
+:class:`StageSkippingUNet` is the paper's segmentor, which leaves out the stages that a small ROI does not need.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from math import ceil, log2, prod
+from pydoc import locate
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from dynamic_network_architectures.building_blocks.helper import (
+    convert_conv_op_to_dim,
+    get_matching_convtransp,
+    get_matching_instancenorm,
+)
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from nnunet_dyn.accounting import count_operations, training_memory
+from nnunet_dyn.architectures.blocks import fast_norm_op, to_fast_layout
+from nnunet_dyn.architectures.efficient_unet import RESIDUAL_SCALE
+from nnunet_dyn.architectures.efficientnet import per_stage
+from nnunet_dyn.architectures.fast_convs import fast_conv_op
+from nnunet_dyn.architectures.roi import OUTSIDE, Box, enlarge, mask_boxes, merge, volume
+
+Size = tuple[int, ...]
+
+#: The deepest map of a crop has at least this many voxels an axis: instance normalisation of one voxel is 0.
+_DEEPEST = 2
+#: Crops are run one by one if together they have less than this share of the voxels of the crop that holds them all.
+_CLEARLY_SMALLER = 0.8
+#: So many targets in one tile are speckle, which one crop serves as well; merging takes the cube of their number.
+_MOST_TARGETS = 32
+
+_INTERPOLATION = {2: "bilinear", 3: "trilinear"}
+
+
+# --- boxes -------------------------------------------------------------------------------------------------------
+
+
+def _sizes(box: Box) -> Size:
+    return tuple(stop - start for start, stop in box)
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in box)
+
+
+def _joint(boxes: Sequence[Box]) -> Box:
+    return tuple((min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*boxes, strict=True))
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return all(max(a0, b0) < min(a1, b1) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
+
+
+def fit_box(box: Box, patch: Sequence[int], divisor: Sequence[int], least: Sequence[int], aligned: bool) -> Box:
+    """The smallest crop around ``box`` whose sides are multiples of ``divisor``, inside a tile of ``patch`` voxels.
+
+    >>> fit_box(((10, 15),), (64,), (8,), (16,), aligned=False)
+    ((5, 21),)
+    >>> fit_box(((10, 15),), (64,), (8,), (16,), aligned=True)
+    ((8, 24),)
+
+    Args:
+        least: voxels an axis that the crop has at least, where the tile has them.
+        aligned: also start at a multiple of ``divisor``, so that the crop lies on voxels at lower resolutions.
+    """
+    crop = []
+    for (start, stop), full, step, smallest in zip(box, patch, divisor, least, strict=True):
+        size = min(full, -(-max(stop - start, smallest) // step) * step)
+        first = min(max(0, start - (size - (stop - start)) // 2), full - size)
+        if aligned:
+            first = min(start, full - size) // step * step
+            if first + size < stop:
+                size += step
+        crop.append((first, first + size))
+    return tuple(crop)
+
+
+def threshold_index(size: float, stages: int, smallest: float) -> int:
+    """Eq. 3: the first of ``stages`` stages that an ROI of ``size`` voxels a side needs, 1 to ``stages``.
+
+    Stage k takes cubes of ``2 ** (stages - k) * smallest``. The paper's r is whole only for those; with the ceiling
+    Eq. 2 holds, and the ROI is resampled to the largest cube that it is not smaller than.
+
+    >>> [threshold_index(size, 3, 16) for size in (10, 16, 50, 64, 100)]
+    [3, 3, 2, 1, 1]
+    """
+    return min(max(1, ceil(stages - log2(size / smallest))), stages)
+
+
+@dataclass(frozen=True)
+class ROIDecision:
+    """What is done with one tile.
+
+    Attributes:
+        boxes: the crops that are run, in voxels of the tile. None: the tile is background.
+        targets: the part of each crop that it is run for, the gate and its margin. Where crops overlap, this is what
+            counts.
+        stages: of each crop, the active stages of a network that skips some; empty for any other network.
+        macs: multiply-accumulates of the crops as in :mod:`nnunet_dyn.accounting`; ``None`` if they were not counted.
+    """
+
+    boxes: tuple[Box, ...] = ()
+    targets: tuple[Box, ...] = ()
+    stages: tuple[tuple[int, ...], ...] = ()
+    macs: int | None = 0
+
+
+# --- any network on its regions of interest ----------------------------------------------------------------------
+
+
+class ROISegmentor(nn.Module):
+    """Runs a network on the regions of interest of each tile; everything else is background.
+
+    The channels behind the image are the gate: nnU-Net's one-hot encoding of the previous stage's segmentation, which a
+    detector fills with boxes. Their union counts, and only the image is segmented. Each connected region of it is an
+    ROI, grown by ``margin`` voxels and to sizes that the network takes; several ROIs are run as one crop where that
+    costs hardly more. A tile without a gate is background at once. ``decide`` chooses, ``execute`` carries out.
+
+    Under deep supervision crops start at multiples of the strides, so that they lie on voxels at every resolution;
+    without it they are as small as can be.
+
+    In training a tile without a gate keeps a graph to the heads, with gradients of zero. Parameters that no crop of a
+    batch needs get none: wrap with ``find_unused_parameters=True`` in DistributedDataParallel.
+
+    Args:
+        input_channels: those of the image and of the gate.
+        image_channels: those of the image; all others are the gate.
+        network_class: the class, or its dotted path, of a U-Net as nnU-Net's plans name them.
+        margin: voxels around the gate that are segmented, too; nnU-Net's export interpolates between neighbours.
+        mode: ``own`` keeps the ROI's resolution; ``paper`` resamples it to the cube that :func:`threshold_index`
+            says for its longest side, of 16, 32 or 64 voxels, and the logits back.
+        arch_kwargs: the other arguments of ``network_class``, with its ``strides`` and ``conv_op``.
+
+    Attributes:
+        decisions: set it to a list, and evaluation appends the :class:`ROIDecision` of each tile.
+
+    Raises:
+        ValueError: no gate channels, an unknown mode or network, a negative margin.
+    """
+
+    #: The trainer that knows the procedure.
+    trainer: ClassVar[str] = "nnUNetTrainerROICascade"
+    #: The cubes of ``paper`` mode: how many there are, and the smallest (N and s₀ of Eq. 3; Section 4.1).
+    paper_cubes: ClassVar[tuple[int, int]] = (3, 16)
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        *,
+        image_channels: int,
+        network_class: str | type[nn.Module] = "nnunet_dyn.architectures.roi_segmentor.StageSkippingUNet",
+        margin: int = 1,
+        mode: Literal["own", "paper"] = "own",
+        deep_supervision: bool = True,
+        **arch_kwargs,
+    ):
+        super().__init__()
+        if not 1 <= image_channels < input_channels:
+            raise ValueError(
+                f"ROISegmentor got {input_channels} input channels, {image_channels} of them the image; expected a "
+                "gate behind the image. Train it as a configuration with a previous_stage."
+            )
+        if mode not in ("own", "paper"):
+            raise ValueError(f"mode got {mode!r}; expected 'own' or 'paper'.")
+        if margin < 0:
+            raise ValueError(f"margin got {margin}; expected 0 voxels or more.")
+        found = locate(network_class) if isinstance(network_class, str) else network_class
+        if not isinstance(found, type):
+            raise ValueError(
+                f"network_class got {network_class!r}; expected the dotted path of a class that can be imported here."
+            )
+        options = {"mode": mode} if "mode" in inspect.signature(found).parameters else {}
+        self.network = found(
+            input_channels=image_channels,
+            num_classes=num_classes,
+            deep_supervision=deep_supervision,
+            **arch_kwargs,
+            **options,
+        )
+        if (own := getattr(found, "initialize", None)) is not None:
+            for module in self.network.modules():  # ``initialize`` sees one module at a time, not whose it is
+                module.own_initialize = own
+        self.image_channels, self.num_classes, self.margin, self.mode = image_channels, num_classes, margin, mode
+        self.dimension = convert_conv_op_to_dim(arch_kwargs["conv_op"])
+        strides = np.array([np.broadcast_to(stride, self.dimension) for stride in arch_kwargs["strides"]])
+        self.divisor: Size = tuple(strides.prod(0).tolist())
+        #: Voxels of the patch to one of each output, the largest output first.
+        self.scales: list[Size] = [tuple(row) for row in strides.cumprod(0).tolist()][:-1]
+        self.labels = _Labels()
+        self.decisions: list[ROIDecision] | None = None
+        self._counts: dict[Size, int] = {}
+
+    # --- configuration ---
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The network's; nnU-Net sets its ``deep_supervision``."""
+        return self.network.decoder
+
+    def set_regions(self, regions: bool) -> None:
+        """Say whether the classes are regions, none of which is the background."""
+        self.labels.seg_layers.are_regions.fill_(regions)
+
+    @property
+    def background_logits(self) -> torch.Tensor:
+        """The logits of voxels that no crop holds, ``(num_classes,)``."""
+        are_regions = self.labels.seg_layers.are_regions
+        logits = torch.full((self.num_classes,), -OUTSIDE, device=are_regions.device)
+        logits[0] = torch.where(are_regions, -OUTSIDE, OUTSIDE)
+        return logits
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """The network by its own ``initialize`` (``network.apply(network.initialize)``)."""
+        if (own := getattr(module, "own_initialize", None)) is not None:
+            own(module)
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
+        """The network's for the whole patch, which is the worst case."""
+        return self.network.compute_conv_feature_map_size(input_size)
+
+    # --- forward ---
+
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """``x: (B, input_channels, *patch)`` → logits ``(B, num_classes, *patch)``, or under deep supervision those of
+        every resolution, the largest first."""
+        if x.is_meta:  # sizes and costs only: the whole patch
+            return self.network(x[:, : self.image_channels])
+        is_watched = self.decisions is not None and not self.training
+        decisions = self.decide(x[:, self.image_channels :], count=is_watched)
+        if is_watched:
+            self.decisions.extend(decisions)
+        return self.execute(x, decisions)
+
+    @torch.no_grad()
+    def decide(self, gate: torch.Tensor, count: bool = True) -> list[ROIDecision]:
+        """What to do with each tile of a batch.
+
+        Args:
+            gate: ``(B, gate channels, *patch)``; voxels above 1/2 in any channel are to be segmented.
+            count: also count the multiply-accumulates.
+        """
+        is_gate = (gate > 0.5).any(1)
+        has_any = is_gate.flatten(1).any(1).tolist()
+        none = ROIDecision(macs=0 if count else None)
+        return [
+            self._decide(tile.cpu().numpy(), count) if has else none for tile, has in zip(is_gate, has_any, strict=True)
+        ]
+
+    def _decide(self, gate: np.ndarray, count: bool) -> ROIDecision:
+        targets = merge([enlarge(box, self.margin, gate.shape) for box in mask_boxes(gate, gap=0)])
+        targets = [_joint(targets)] if len(targets) > _MOST_TARGETS else self._merge(targets, gate.shape)
+        boxes = [self.crop(box, gate.shape) for box in targets]
+        sizes = [self._run_size(box) for box in boxes]
+        active = getattr(self.network, "active_stages", None)
+        return ROIDecision(
+            tuple(boxes),
+            tuple(targets),
+            tuple(active(size) for size in sizes) if active else (),
+            sum(map(self.count, sizes)) if count else None,
+        )
+
+    def _merge(self, targets: list[Box], patch: Size) -> list[Box]:
+        """Targets that overlap are one, and so are those whose crops would not be clearly smaller than a joint one."""
+
+        def voxels(box: Box) -> int:
+            return volume(self.crop(box, patch))
+
+        def belong_together(group: Sequence[Box]) -> bool:
+            return sum(map(voxels, group)) >= _CLEARLY_SMALLER * voxels(_joint(group))
+
+        def first_pair() -> tuple[Box, Box] | None:
+            pairs = combinations(targets, 2)
+            return next((pair for pair in pairs if _overlap(*pair) or belong_together(pair)), None)
+
+        while pair := first_pair():
+            for box in pair:
+                targets.remove(box)
+            targets.append(_joint(pair))
+        return targets if len(targets) < 2 or not belong_together(targets) else [_joint(targets)]
+
+    def crop(self, target: Box, patch: Sequence[int]) -> Box:
+        """What is cut out of a tile of ``patch`` voxels to segment ``target``."""
+        if self.mode == "paper":
+            return target
+        divisor, least = self._divisor(_sizes(target))
+        while True:
+            box = fit_box(target, patch, divisor, least, aligned=self.decoder.deep_supervision)
+            needed, least = self._divisor(_sizes(box))  # the larger crop may need more stages
+            if needed == divisor:
+                return box
+            divisor = needed
+
+    def _divisor(self, size: Size) -> tuple[Size, Size]:
+        """What an ROI of ``size`` must be a multiple of, and its least sides."""
+        if (divisor := getattr(self.network, "divisor", None)) is not None:
+            return divisor(size)
+        return self.divisor, tuple(_DEEPEST * step for step in self.divisor)
+
+    def _run_size(self, box: Box) -> Size:
+        """Voxels of the network's input for a crop."""
+        size = _sizes(box)
+        if self.mode == "own":
+            return size
+        cubes, smallest = self.paper_cubes
+        return (2 ** (cubes - threshold_index(max(size), cubes, smallest)) * smallest,) * self.dimension
+
+    def execute(self, x: torch.Tensor, decisions: Sequence[ROIDecision]) -> torch.Tensor | list[torch.Tensor]:
+        """Carry out one decision a tile; crops of the same size are run as one batch.
+
+        Args:
+            x: ``(B, input_channels, *patch)``; the gate is not looked at.
+
+        Returns:
+            As :meth:`forward`.
+        """
+        image, full = x[:, : self.image_channels], x.shape[2:]
+        groups: dict[Size, list[tuple[int, int]]] = {}
+        for tile, decision in enumerate(decisions):
+            for index, box in enumerate(decision.boxes):
+                groups.setdefault(self._run_size(box), []).append((tile, index))
+        pieces: dict[tuple[int, int], list[torch.Tensor]] = {}
+        for size, members in groups.items():
+            crops = [image[(tile, slice(None), *_slices(decisions[tile].boxes[i]))] for tile, i in members]
+            logits = self.network(torch.stack([_resize(crop[None], size)[0] for crop in crops]))
+            logits = logits if isinstance(logits, (list, tuple)) else [logits]
+            if self.mode == "paper":  # one resolution, that of the cube, whatever the output's
+                logits = logits[:1] * len(self.scales)
+            pieces |= {member: [level[place] for level in logits] for place, member in enumerate(members)}
+        scales = self.scales if self.decoder.deep_supervision else self.scales[:1]
+        outputs = []
+        for level, scale in enumerate(scales):
+            shape = [-(-size // step) for size, step in zip(full, scale, strict=True)]
+            dtype = next((piece[level].dtype for piece in pieces.values()), x.dtype)
+            output = self.background_logits.to(dtype).view(1, -1, *(1,) * len(full)).repeat(len(x), 1, *shape)
+            for tile, decision in enumerate(decisions):
+                _paste(output[tile], decision, [pieces[tile, i][level] for i in range(len(decision.boxes))], scale)
+            outputs.append(output)
+        if not pieces and torch.is_grad_enabled() and self.training:
+            outputs[0] = outputs[0] + 0 * sum(parameter.sum() for parameter in self.decoder.seg_layers.parameters())
+        return outputs if self.decoder.deep_supervision else outputs[0]
+
+    def count(self, size: Size) -> int:
+        """Multiply-accumulates of one input of ``size`` voxels, without deep supervision."""
+        if size not in self._counts:
+            # In training mode SyncBatchNorm refuses the meta device.
+            modes = {module: module.training for module in self.network.modules()}
+            supervised, self.decoder.deep_supervision = self.decoder.deep_supervision, False
+            self.network.eval()
+            try:
+                with torch.inference_mode(False):  # within it operators pass by the counter
+                    self._counts[size] = count_operations(self.network, (1, self.image_channels, *size)).total
+            finally:
+                self.decoder.deep_supervision = supervised
+                for module, mode in modes.items():
+                    module.training = mode
+        return self._counts[size]
+
+
+class _Labels(nn.Module):
+    """Whether the classes are regions, as a buffer: prediction loads weights and knows no more of the labels."""
+
+    def __init__(self):
+        super().__init__()
+        # nnU-Net passes over keys with ".seg_layers." when it loads pretrained weights, whose labels are others.
+        self.seg_layers = nn.Module()
+        self.seg_layers.register_buffer("are_regions", torch.tensor(False))
+
+
+def _resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """``x: (B, C, *spatial)`` by linear interpolation, or as it is."""
+    if x.shape[2:] == tuple(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode=_INTERPOLATION[x.ndim - 2])
+
+
+def _paste(output: torch.Tensor, decision: ROIDecision, pieces: Sequence[torch.Tensor], scale: Size) -> None:
+    """Write the logits of each crop where it lies: ``output: (C, *spatial)``, at ``scale`` voxels of the tile to one.
+
+    Where a crop is no whole number of voxels of ``output``, it is rounded up and the logits are resampled.
+    """
+
+    def lies(box: Box) -> Box:
+        return tuple((start // step, -(-stop // step)) for (start, stop), step in zip(box, scale, strict=True))
+
+    places = [lies(box) for box in decision.boxes]
+    pieces = [_resize(piece[None], _sizes(place))[0] for piece, place in zip(pieces, places, strict=True)]
+    for piece, place in zip(pieces, places, strict=True):
+        output[(slice(None), *_slices(place))] = piece
+    if any(_overlap(*pair) for pair in combinations(places, 2)):
+        for piece, place, target in zip(pieces, places, decision.targets, strict=True):
+            inner = lies(target)
+            within = [slice(a - p, b - p) for (a, b), (p, _) in zip(inner, place, strict=True)]
+            output[(slice(None), *_slices(inner))] = piece[(slice(None), *within)]
+
+
+# --- the paper's segmentor ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """The stages of a :class:`StageSkippingUNet`.
+
+    Attributes:
+        widths: channels of the stem, then of each stage.
+        blocks: refinement blocks of each stage, on the way down and again on the way up.
+        expansion: how much wider the blocks are inside.
+        kernel_sizes, strides: of the stem, then of each stage, per axis. The stem of stride p is a convolution of
+            kernel p, and the head its transposed counterpart; at stride 1 it is an ordinary convolution.
+        entries: N, the number of stages that an input can enter first; those behind run for every input.
+        smallest: s₀, voxels per side of the smallest cube, which enters stage N.
+        norm_op, norm_op_kwargs: the normalisation.
+    """
+
+    widths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    expansion: int
+    kernel_sizes: tuple[Size, ...]
+    strides: tuple[Size, ...]
+    entries: int
+    smallest: int
+    norm_op: type[nn.Module]
+    norm_op_kwargs: dict
+
+    def __post_init__(self):
+        lengths = {len(self.widths), len(self.blocks) + 1, len(self.kernel_sizes), len(self.strides)}
+        if len(lengths) != 1 or len(self.widths) < 2:
+            raise ValueError(
+                f"Got {len(self.widths)} widths, {len(self.kernel_sizes)} kernels and {len(self.strides)} strides for "
+                f"{len(self.blocks)} stages; expected one for the stem and one a stage. Correct the plans."
+            )
+        if self.smallest < 1 or self.smallest % 4:
+            raise ValueError(f"smallest got {self.smallest}; expected a multiple of 4 voxels.")
+
+
+def paper_hierarchy(dimension: int = 3) -> Hierarchy:
+    """Three stages for cubes of 64, 32 and 16 voxels (Section 4.1), and the bottleneck of Slim UNETR behind them.
+
+    The paper has no widths. These come near the parameters of its Table 5, 9.4, 10.3 and 10.5 million for cubes of 16,
+    32 and 64 (here 9.3, 10.2 and 10.3 with one channel and two classes), and near its operations at both ends: 40, 154
+    and 276 million, here 43, 106 and 265. The medium cube stays a third below: its stage adds 0.9 million parameters
+    on maps of 4³, which is 60 million products, and the paper's 114 need maps that no halving of its cubes gives.
+    ``benchmarks/roi_stages.py`` counts both.
+    """
+    return Hierarchy(
+        widths=(64, 40, 96, 232, 384),
+        blocks=(1, 2, 2, 1),
+        expansion=4,
+        kernel_sizes=((4,) * dimension, *((3,) * dimension,) * 4),
+        strides=((4,) * dimension, *((2,) * dimension,) * 4),
+        entries=3,
+        smallest=16,
+        norm_op=LayerNorm,
+        norm_op_kwargs={},
+    )
+
+
+class LayerNorm(nn.GroupNorm):
+    """Normalisation over channels and voxels, as in Slim UNETR, whose lowest map is one voxel."""
+
+    def __init__(self, channels: int):
+        super().__init__(1, channels)
+
+
+class StageSkippingUNet(nn.Module):
+    """The paper's hierarchical segmentor: an input runs through the stages that its size needs, and no others.
+
+    Stage k of N halves its input and takes cubes of up to 2^(N − k)·s₀ voxels. The first active stage r is the one with
+    the smallest cube that holds the input (in ``paper`` mode inputs are cubes, so that this is Eq. 3). With the stem
+    G₀ = stem(x), a gate a stage, and ⊕ for concatenation::
+
+        F_{r-1} = gate_r(G₀)                F_k  = E_k(F_{k-1})               k = r … N
+        F'_N = F_N                          F'_j = D_j(up(F'_{j+1}) ⊕ F_j)    j = N-1 … r      (Eq. 1)
+        logits = head(G₀ ⊕ gate'_r(up(F'_r)))
+
+    Stages 1 … r-1 and the gates of other stages run no operation and get no gradient. An E_k is a depthwise and a
+    pointwise convolution, then refinement blocks; a D_j merges by a pointwise convolution, then refinement blocks.
+
+    In ``own`` mode the stages are the plan's, the first of which, at full resolution, is stem and head: N is
+    ``n_stages - 1``. In ``paper`` mode they are :func:`paper_hierarchy`'s.
+
+    Args:
+        n_stages, features_per_stage, conv_op, kernel_sizes, strides: the plan's. ``paper`` mode takes ``conv_op``
+            alone.
+        mode: ``own`` or ``paper``.
+        width: share of ``features_per_stage`` that the stages have; the blocks are wider inside.
+        smallest: s₀ of ``own`` mode, in voxels. With strides of 2 the cubes are s₀, 2·s₀, 4·s₀, …
+        deep_supervision: return the logits of every resolution of the plan, those of a small input's missing ones
+            resampled. ``paper`` mode has one resolution.
+
+    Raises:
+        ValueError: an unknown mode, or stages that do not fit together.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        n_stages: int,
+        features_per_stage: Sequence[int],
+        conv_op: type[_ConvNd],
+        kernel_sizes: int | Sequence,
+        strides: int | Sequence,
+        norm_op: type[nn.Module] | None = None,
+        norm_op_kwargs: dict | None = None,
+        nonlin: type[nn.Module] = nn.LeakyReLU,
+        nonlin_kwargs: dict | None = None,
+        mode: Literal["own", "paper"] = "own",
+        width: float = 0.5,
+        smallest: int = 8,
+        deep_supervision: bool = False,
+    ):
+        super().__init__()
+        if mode not in ("own", "paper"):
+            raise ValueError(f"mode got {mode!r}; expected 'own' or 'paper'.")
+        dimension = convert_conv_op_to_dim(conv_op)
+        if mode == "paper":
+            hierarchy = paper_hierarchy(dimension)
+        else:
+            hierarchy = Hierarchy(
+                widths=tuple(max(8, round(f * width / 8) * 8) for f in features_per_stage[:n_stages]),
+                blocks=(1,) * (n_stages - 1),
+                expansion=2,
+                kernel_sizes=tuple(map(tuple, per_stage(kernel_sizes, n_stages, conv_op, "kernel_sizes"))),
+                strides=tuple(map(tuple, per_stage(strides, n_stages, conv_op, "strides"))),
+                entries=n_stages - 1,
+                smallest=smallest,
+                norm_op=fast_norm_op(norm_op or get_matching_instancenorm(conv_op)),
+                norm_op_kwargs={"affine": True} | (norm_op_kwargs or {}),
+            )
+        self.hierarchy, self.mode, self.input_channels = hierarchy, mode, input_channels
+        norm = partial(hierarchy.norm_op, **hierarchy.norm_op_kwargs)
+        make = _Layers(conv_op, norm, partial(nonlin, **(nonlin_kwargs or {})))
+        self.encoder = _Encoder(make, hierarchy, input_channels)
+        self.decoder = _Decoder(make, hierarchy, num_classes, deep_supervision, has_levels=mode == "own")
+        steps = np.array(hierarchy.strides)
+        self._scales = [tuple(row) for row in steps.cumprod(0).tolist()][:-1]
+        #: The largest input that enters each stage, and whether an earlier stage would make an axis of it smaller.
+        self._cubes: list[Size] = []
+        self._can_shrink: list[tuple[bool, ...]] = []
+        for k in range(1, hierarchy.entries + 1):
+            self._cubes.append(tuple((hierarchy.smallest * steps[k : hierarchy.entries].prod(0)).tolist()))
+            self._can_shrink.append(tuple((steps[1:k].prod(0) > 1).tolist()))
+
+    def active_stages(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The stages that an input of ``size`` voxels runs through, r and all behind it, counted from 1."""
+        first = 1
+        for k, (cube, can_shrink) in enumerate(zip(self._cubes, self._can_shrink, strict=True), 1):
+            if all(side <= most or not can for side, most, can in zip(size, cube, can_shrink, strict=True)):
+                first = k
+        return tuple(range(first, len(self.hierarchy.blocks) + 1))
+
+    def divisor(self, size: Sequence[int]) -> tuple[Size, Size]:
+        """What the sides of an input of about ``size`` must be multiples of, and how long they must be at least."""
+        steps = np.array(self.hierarchy.strides)
+        step = steps[0] * steps[list(self.active_stages(size))].prod(0)
+        return tuple(step.tolist()), tuple(np.maximum(_DEEPEST * step, self.hierarchy.smallest).tolist())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """``(B, C, *size)`` → logits ``(B, num_classes, *size)``; under deep supervision of each resolution."""
+        size = x.shape[2:]
+        first = self.active_stages(size)[0]
+        stem, features = self.encoder(to_fast_layout(x), first)
+        outputs = self.decoder(stem, features, first)
+        if self.mode == "paper" or not self.decoder.deep_supervision:
+            return outputs[0]
+        outputs += outputs[-1:] * (len(self._scales) - len(outputs))
+        return [
+            _resize(output, [-(-side // step) for side, step in zip(size, scale, strict=True)])
+            for output, scale in zip(outputs, self._scales, strict=True)
+        ]
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
+        """Memory of one training sample, in nnU-Net's unit (``blocks.kept_maps``): half of the elements kept."""
+        kept = training_memory(self, (1, self.input_channels, *input_size))
+        return np.int64(kept // (2 * torch.float32.itemsize))
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """He initialisation as in nnU-Net, and branches of a fifth of that, so that sums of many stay small."""
+        InitWeights_He(1e-2)(module)
+        if getattr(module, "ends_branch", False):
+            module.weight.data.mul_(RESIDUAL_SCALE)
+
+
+class _Layers:
+    """Makes the layers of the plan's kind."""
+
+    def __init__(self, conv_op: type[_ConvNd], norm, nonlin):
+        self.conv_op, self.norm, self.nonlin = fast_conv_op(conv_op), norm, nonlin
+        self.transpconv_op = get_matching_convtransp(conv_op)
+
+    def pointwise(self, inputs: int, outputs: int) -> nn.Module:
+        return self.conv_op(inputs, outputs, 1, bias=False)
+
+    def depthwise(self, channels: int, kernel: Size, stride: Size | int = 1) -> nn.Module:
+        return self.conv_op(channels, channels, kernel, stride, [k // 2 for k in kernel], groups=channels, bias=False)
+
+    def conv(self, inputs: int, outputs: int, kernel: Size) -> nn.Sequential:
+        conv = self.conv_op(inputs, outputs, kernel, 1, [k // 2 for k in kernel], bias=False)
+        return nn.Sequential(conv, self.norm(outputs), self.nonlin())
+
+    def refine(self, channels: int, count: int, kernel: Size, reduction: Size, expansion: int) -> nn.Sequential:
+        return nn.Sequential(*(RefineBlock(self, channels, kernel, reduction, expansion) for _ in range(count)))
+
+
+class RefineBlock(nn.Module):
+    """The block of Slim UNETR (Pang et al. 2023), six branches, each beside a shortcut: ``(B, C, *spatial)``.
+
+    Depthwise convolution as positional encoding; pointwise, depthwise and pointwise convolution (local
+    representations); two linear layers; positional encoding; attention among every ``reduction``-th voxel, spread by a
+    depthwise transposed convolution; two linear layers. Here every branch but the encodings begins with the plan's
+    normalisation, and its activation stands in for GELU, so that SGD at nnU-Net's learning rate meets branches of one
+    size.
+    """
+
+    def __init__(self, make: _Layers, channels: int, kernel: Size, reduction: Size, expansion: int):
+        super().__init__()
+
+        def linear() -> nn.Sequential:
+            inside = expansion * channels
+            layers = make.pointwise(channels, inside), make.nonlin(), make.pointwise(inside, channels)
+            return nn.Sequential(make.norm(channels), *layers)
+
+        local = nn.Sequential(
+            make.norm(channels),
+            make.pointwise(channels, channels),
+            make.depthwise(channels, kernel),
+            make.norm(channels),
+            make.pointwise(channels, channels),
+        )
+        self.branches = nn.ModuleList(
+            [
+                make.depthwise(channels, kernel),
+                local,
+                linear(),
+                make.depthwise(channels, kernel),
+                SparseAttention(make, channels, reduction),
+                linear(),
+            ]
+        )
+        for branch in self.branches:
+            last = [module for module in branch.modules() if isinstance(module, _ConvNd)][-1]
+            last.ends_branch = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for branch in self.branches:
+            x = x + branch(x)
+        return x
+
+
+class SparseAttention(nn.Module):
+    """Attention among every ``reduction``-th voxel, its result spread over the voxels between: ``(B, C, *spatial)``.
+
+    Slim UNETR's global sparse transformer and local reverse diffusion.
+    """
+
+    def __init__(self, make: _Layers, channels: int, reduction: Size):
+        super().__init__()
+        self.heads = max(heads for heads in (1, 2, 4, 8) if channels % heads == 0 and heads <= max(1, channels // 24))
+        self.reduction = reduction
+        self.norm = make.norm(channels)
+        self.query_key_value = make.pointwise(channels, 3 * channels)
+        self.spread = make.transpconv_op(channels, channels, reduction, reduction, groups=channels, bias=False)
+        self.norm_spread = make.norm(channels)
+        self.merge = make.pointwise(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        x = x[(..., *(slice(None, None, step) for step in self.reduction))]
+        size = x.shape[2:]
+        split = self.query_key_value(x).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(3, 4)
+        query, key, value = split.unbind(1)
+        x = F.scaled_dot_product_attention(query, key, value).transpose(2, 3).flatten(1, 2).unflatten(2, size)
+        return self.merge(self.norm_spread(self.spread(x)))
+
+
+class _Encoder(nn.Module):
+    """Stem, gates into each stage, and the stages on the way down."""
+
+    def __init__(self, make: _Layers, hierarchy: Hierarchy, input_channels: int):
+        super().__init__()
+        widths, strides, kernels = hierarchy.widths, hierarchy.strides, hierarchy.kernel_sizes
+        if prod(strides[0]) == 1:
+            self.stem = make.conv(input_channels, widths[0], kernels[0])
+        else:
+            patches = make.conv_op(input_channels, widths[0], strides[0], strides[0], bias=False)
+            self.stem = nn.Sequential(patches, make.norm(widths[0]))
+        self.gates, self.stages = nn.ModuleList(), nn.ModuleList()
+        for k, count in enumerate(hierarchy.blocks):
+            if k < hierarchy.entries:
+                self.gates.append(nn.Sequential(make.pointwise(widths[0], widths[k]), make.norm(widths[k])))
+            down = make.depthwise(widths[k], kernels[k + 1], strides[k + 1]), make.pointwise(widths[k], widths[k + 1])
+            refine = make.refine(widths[k + 1], count, kernels[k + 1], _reduction(strides, k + 1), hierarchy.expansion)
+            self.stages.append(nn.Sequential(*down, make.norm(widths[k + 1]), *refine))
+
+    def forward(self, x: torch.Tensor, first: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """What the stem makes of ``x``, and the features of the stages from ``first`` on."""
+        stem = self.stem(x)
+        x, features = self.gates[first - 1](stem), []
+        for stage in self.stages[first - 1 :]:
+            x = stage(x)
+            features.append(x)
+        return stem, features
+
+
+class _Decoder(nn.Module):
+    """The stages on the way up, gates out of each stage, and the heads."""
+
+    def __init__(self, make: _Layers, hierarchy: Hierarchy, num_classes: int, deep_supervision: bool, has_levels: bool):
+        super().__init__()
+        self.deep_supervision, self.has_levels = deep_supervision, has_levels
+        widths, strides, kernels = hierarchy.widths, hierarchy.strides, hierarchy.kernel_sizes
+        self.transpconvs, self.stages, self.gates = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for k, count in enumerate(hierarchy.blocks):
+            self.transpconvs.append(
+                make.transpconv_op(widths[k + 1], widths[k], strides[k + 1], strides[k + 1], bias=False)
+            )
+            if k < hierarchy.entries:
+                self.gates.append(nn.Sequential(make.pointwise(widths[k], widths[0]), make.norm(widths[0])))
+            if k + 1 < len(hierarchy.blocks):
+                width = widths[k + 1]
+                refine = make.refine(width, count, kernels[k + 1], _reduction(strides, k + 1), hierarchy.expansion)
+                self.stages.append(nn.Sequential(make.pointwise(2 * width, width), make.norm(width), *refine))
+        heads = [make.conv_op(width, num_classes, 1) for width in widths[-2:0:-1]] if has_levels else []
+        if prod(strides[0]) == 1:
+            self.final = make.conv(2 * widths[0], widths[0], kernels[0])
+            heads.append(make.conv_op(widths[0], num_classes, 1))
+        else:
+            self.final = nn.Sequential(make.pointwise(2 * widths[0], widths[0]), make.norm(widths[0]), make.nonlin())
+            heads.append(make.transpconv_op(widths[0], num_classes, strides[0], strides[0]))
+        self.seg_layers = nn.ModuleList(heads)
+
+    def forward(self, stem: torch.Tensor, features: list[torch.Tensor], first: int) -> list[torch.Tensor]:
+        """Logits, the largest first."""
+        x, outputs = features[-1], []
+        for k in reversed(range(first - 1, len(self.transpconvs) - 1)):
+            x = self.stages[k](torch.cat((self.transpconvs[k + 1](x), features[k + 1 - first]), 1))
+            if self.deep_supervision and self.has_levels:
+                outputs.insert(0, self.seg_layers[len(self.stages) - 1 - k](x))
+        x = self.gates[first - 1](self.transpconvs[first - 1](x))
+        return [self.seg_layers[-1](self.final(torch.cat((x, stem), 1))), *outputs]
+
+
+def _reduction(strides: Sequence[Size], k: int) -> Size:
+    """How sparse stage k's attention is: as its map after the next two stages, and so divides it."""
+    return tuple(np.array(strides)[k + 1 : k + 3].prod(0).tolist())
