@@ -260,7 +260,7 @@ class DetectorNetwork(nn.Module, ABC):
     @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> dict | torch.Tensor:
         """``x: (B, input_channels, *patch)``; see the class."""
-        if self.training:
+        if self.training or x.is_meta:  # sizes and costs only
             return self.raw(x)
         found = self.detect(x)
         if self.detections is not None:
