@@ -250,13 +250,13 @@ def derive_whole_volume(planner: ExperimentPlanner, plans: PlansManager, name: s
     while True:
         volume = np.maximum(1, np.round(extent / spacing)).astype(int)
         _, strides, kernels, patch, _ = get_pool_and_conv_props(spacing, volume, _COARSEST, _MOST_HALVINGS)
-        if prod(patch) <= limit:
-            break
-        if max(volume) == 1:
+        if len(strides) < 2:
             raise ValueError(
                 f"volumes of up to {np.round(extent / full_spacing).astype(int).tolist()} voxels allow a whole one of "
-                f"{limit:.0f}; expected {prod(patch)} at least. Such small volumes need no detector: train {name}."
+                f"{limit:.0f}, too few to halve. Such small volumes need no detector: train {name}."
             )
+        if prod(patch) <= limit:
+            break
         is_finer = spacing.max() / spacing > 2
         spacing[is_finer if is_finer.any() else slice(None)] *= 1.02
     architecture = deepcopy(planned.configuration["architecture"])
