@@ -7,7 +7,7 @@ of every class where the network looks, and let no lesion vanish whole.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import inf, isinf, prod
 
@@ -282,7 +282,8 @@ class BoxEvidence:
         self,
         case: str,
         shape: Sequence[int],
-        targets: dict[str, np.ndarray],
+        fine: Sequence[int],
+        targets: Iterable[tuple[str, np.ndarray, Sequence[int]]],
         boxes: Mapping[float, Sequence[Sequence[tuple[int, int]]]],
         tight: Sequence[Sequence[tuple[int, int]]],
     ) -> None:
@@ -290,25 +291,27 @@ class BoxEvidence:
 
         Args:
             shape: of the case on the detector's grid.
-            targets: by class, components numbered from 1 on the grid that is segmented, which may be finer. A voxel
-                counts for the voxel of the detector's grid that holds its middle.
+            fine: its shape on the grid that is segmented.
+            targets: a class, its components there numbered from 1, and the first voxel of that array. A voxel counts
+                for the voxel of the detector's grid that holds its middle.
             boxes: without a margin, by the score threshold that they reach.
             tight: boxes around the targets.
         """
         component, cells, voxels = [np.zeros(0, int)], [np.zeros((0, len(shape)), int)], [np.zeros(0, int)]
-        for label, components in targets.items():
+        for label, components, corner in targets:
             at = np.nonzero(components)
             coarse = [
-                np.minimum((index + 0.5) * size / fine, size - 1).astype(int)
-                for index, size, fine in zip(at, shape, components.shape, strict=True)
+                ((index + first + 0.5) * size / full).astype(int)
+                for index, first, size, full in zip(at, corner, shape, fine, strict=True)
             ]
-            where = (int(components.max()) + 1, *shape)
+            count = int(components.max(initial=0))
+            where = (count + 1, *shape)
             keys, counts = np.unique(np.ravel_multi_index([components[at], *coarse], where), return_counts=True)
             number, *index = np.unravel_index(keys, where)
             component.append(number + len(self._components) - 1)
             cells.append(np.stack(index, 1))
             voxels.append(counts)
-            self._components += [(case, label)] * int(components.max())
+            self._components += [(case, label)] * count
         self._cases.append(
             _BoxCase(
                 case,

@@ -140,14 +140,16 @@ class TestBoxes:
         return made
 
     def add(self, made, found, targets, fine, case):
-        numbered = {}
+        numbered = []
         for label, parts in targets.items():
-            numbered[label] = np.zeros(fine, int)
+            components = np.zeros(fine, int)
             for number, part in enumerate(parts, 1):
-                numbered[label][part] = number
+                components[part] = number
+            first = int(components.any((0, 1)).argmax())
+            numbered.append((label, components[..., first:], (0, 0, first)))
         step = fine[0] // self.SHAPE[0]
         tight = [[(axis.start // step, axis.stop // step) for axis in part] for p in targets.values() for part in p]
-        made.add_case(case, self.SHAPE, numbered, found, tight)
+        made.add_case(case, self.SHAPE, fine, numbered, found, tight)
 
     def test_the_smallest_margin_per_axis(self):
         found = self.evidence({0.5: [((5, 10), (6, 10), (8, 9))]}).calibrate(["1"])
@@ -208,7 +210,8 @@ class TestBoxes:
 
     def test_no_target_at_all(self):
         made = BoxEvidence()
-        made.add_case("a", self.SHAPE, {"1": np.zeros(self.SHAPE, int)}, {0.5: [], 0.1: []}, [])
+        nothing = ("1", np.zeros((0, 0, 0), int), (0, 0, 0))
+        made.add_case("a", self.SHAPE, self.SHAPE, [nothing], {0.5: [], 0.1: []}, [])
         found = made.calibrate(["1"])
         assert (found.score_threshold, found.margin, found.ratio) == (0.1, (2, 2, 2), None)
         with pytest.raises(ValueError, match="No cases"):

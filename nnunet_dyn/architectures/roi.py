@@ -77,16 +77,28 @@ def mask_boxes(mask: np.ndarray, gap: int = 2, connectivity: int | None = None) 
         gap: boxes with at most this many voxels between them on every axis are one; ``0`` merges those that overlap.
         connectivity: along how many axes at once voxels are neighbours; ``None`` means all, so corners count.
     """
+    return merge(component_boxes(*connected_targets(mask, connectivity)), gap)
+
+
+def connected_targets(mask: np.ndarray, connectivity: int | None = None) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The connected components of ``mask``, ``(*spatial)``, as :func:`mask_boxes` has them.
+
+    Returns:
+        Their numbers, from 1, in the box that holds them all, and that box's first voxel.
+    """
     extents = ndimage.find_objects(mask.astype(np.uint8))  # labelling takes long, so only where there is something
     if not extents:
-        return []
+        return np.zeros((1,) * mask.ndim, np.int32), (0,) * mask.ndim
     structure = ndimage.generate_binary_structure(mask.ndim, connectivity or mask.ndim)
-    components, _ = ndimage.label(mask[extents[0]], structure)
-    boxes = [
-        tuple((at.start + axis.start, at.start + axis.stop) for axis, at in zip(box, extents[0], strict=True))
+    return ndimage.label(mask[extents[0]], structure)[0], tuple(axis.start for axis in extents[0])
+
+
+def component_boxes(components: np.ndarray, corner: Sequence[int]) -> list[Box]:
+    """The bounding box of each of ``components``, as :func:`connected_targets` gives them."""
+    return [
+        tuple((first + axis.start, first + axis.stop) for axis, first in zip(box, corner, strict=True))
         for box in ndimage.find_objects(components)
     ]
-    return merge(boxes, gap)
 
 
 def merge(boxes: Sequence[Box], gap: int = 0) -> list[Box]:
