@@ -61,7 +61,7 @@ DISTRIBUTED = {"find_unused_parameters": True, "broadcast_buffers": False}
 
 #: Scores that calibration may ask of a detection. What is less sure than the last is noise.
 SCORES = (0.5, 0.3, 0.2, 0.1, 0.05)
-#: What is taken if calibration fails: the lowest score, and a margin of this many voxels.
+#: The margin of boxes that are not calibrated; their score is the lowest one.
 _SAFE_MARGIN = 4
 
 
@@ -201,6 +201,7 @@ class ROICascadeTrainer(DynTrainer):
         manager = self.label_manager
         if self.is_detector:
             self.module.set_labels(manager.has_regions, manager.ignore_label)
+            self._take_safe_boxes()
             self.loss = self._detector_loss
         else:
             self.module.set_regions(manager.has_regions)
@@ -248,6 +249,16 @@ class ROICascadeTrainer(DynTrainer):
             return self.module.loss(output, target)
         return output.new_zeros(())  # of rendered boxes; validation_step has the detector's own
 
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        if self.is_detector:
+            self._set_boxes(0.5, [0] * len(self.module.margin))
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        super().on_validation_epoch_end(val_outputs)
+        if self.is_detector:
+            self._take_safe_boxes()
+
     def validation_step(self, batch: dict) -> dict:
         """For a detector the pseudo Dice is that of its boxes."""
         if not self.is_detector:
@@ -265,7 +276,7 @@ class ROICascadeTrainer(DynTrainer):
             try:
                 self._calibrate_and_report()
             except Exception as error:  # a training of days must be saved whatever fails here
-                self._set_boxes(SCORES[-1], [_SAFE_MARGIN] * len(self.module.margin))
+                self._take_safe_boxes()
                 self.print_to_log_file(
                     f"Calibration failed, the boxes are taken from a score of {SCORES[-1]} on with a margin of "
                     f"{_SAFE_MARGIN} voxels: {error!r}"
@@ -276,6 +287,10 @@ class ROICascadeTrainer(DynTrainer):
         network = self.module
         network.score_threshold.fill_(score_threshold)
         network.margin.copy_(torch.tensor(margin))
+
+    def _take_safe_boxes(self) -> None:
+        """A checkpoint that is not calibrated takes too much rather than too little."""
+        self._set_boxes(SCORES[-1], [_SAFE_MARGIN] * len(self.module.margin))
 
     def _calibrate_and_report(self) -> None:
         calibration = self.calibrate()

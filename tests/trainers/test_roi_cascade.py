@@ -109,6 +109,9 @@ class TestDetector:
         with torch.no_grad():
             trainer.on_validation_epoch_start()
             result = trainer.validation_step(next(trainer.dataloader_val))
+            assert trainer.module.margin.tolist() == [0, 0, 0]  # the pseudo Dice is that of the boxes as they are
+            trainer.on_validation_epoch_end([result])
+        assert trainer.module.margin.tolist() == [4, 4, 4]  # what checkpoint_best gets
         assert result["loss"] > 0 and len(result["tp_hard"]) == 2
         trainer.on_train_end()
         written = json.loads(Path(trainer.output_folder, "calibration.json").read_text())
