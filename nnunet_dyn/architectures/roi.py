@@ -27,6 +27,9 @@ Box = tuple[tuple[int, int], ...]
 #: is larger, so that a box which one of two overlapping tiles has found outlives their average.
 INSIDE, OUTSIDE = 16.0, 8.0
 
+#: So many boxes of one class are speckle, whose neighbours need not be told apart.
+SPECKLE = 512
+
 
 @dataclass(frozen=True)
 class Detection:
@@ -102,7 +105,15 @@ def component_boxes(components: np.ndarray, corner: Sequence[int]) -> list[Box]:
 
 
 def merge(boxes: Sequence[Box], gap: int = 0) -> list[Box]:
-    """The bounding boxes of groups of ``boxes`` that overlap or have at most ``gap`` voxels between them."""
+    """The bounding boxes of groups of ``boxes`` that overlap or have at most ``gap`` voxels between them.
+
+    Of more than :data:`SPECKLE` boxes those that touch are merged, too: every two are compared, which takes long.
+    """
+    if len(boxes) > SPECKLE:
+        filled = np.zeros(np.array(boxes).max((0, 2)), bool)
+        for box in boxes:
+            filled[tuple(slice(start, stop) for start, stop in box)] = True
+        boxes = component_boxes(*connected_targets(filled))
     while len(boxes) > 1:
         start, stop = np.array(boxes).transpose(2, 0, 1)
         # Without a gap, boxes that only touch stay apart.

@@ -12,16 +12,16 @@ from workspace import Workspace
 from nnunet_dyn.architectures.roi import read_boxes
 
 DATASET, TRAINER, PLANS = "Dataset998_Cascade", "nnUNetTrainerROICascade_2epochs_30iters", "nnUNetDynPlans"
-SHAPE = (32, 40, 40)
+SHAPE = (24, 32, 32)
 
 
 def write_case(raw, kind, name, seed):
     """Bright blocks of two classes, the second darker and apart, in noise."""
     rng = np.random.default_rng(seed)
     labels = np.zeros(SHAPE, np.uint8)
-    z, y, x = rng.integers(2, 8, 3)
-    labels[z : z + 9, y : y + 10, x : x + 9] = 1
-    labels[z + 14 : z + 21, y + 18 : y + 26, x + 18 : x + 26] = 2
+    z, y, x = rng.integers(0, 6, 3)
+    labels[z : z + 8, y : y + 9, x : x + 8] = 1
+    labels[z + 12 : z + 18, y + 16 : y + 24, x + 16 : x + 24] = 2
     image = (np.array([0, 900, -900])[labels] + rng.normal(0, 60, SHAPE)).astype(np.float32)
     for folder, array, ending in ((f"images{kind}", image, "_0000"), (f"labels{kind}", labels, "")):
         (raw / folder).mkdir(parents=True, exist_ok=True)
@@ -46,6 +46,11 @@ def space(tmp_path_factory) -> Workspace:
     (raw / "dataset.json").write_text(json.dumps(description))
     space.run("nnUNetv2_plan_and_preprocess", "-d", 998, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
     space.run("nnunet_dyn", "plan", "-d", 998, "-t", "roi_cascade")
+    plans = space.folder / "preprocessed" / DATASET / f"{PLANS}.json"
+    content = json.loads(plans.read_text())
+    narrow = content["configurations"]["3d_roi"]["architecture"]["arch_kwargs"]
+    narrow["features_per_stage"] = [min(32, width // 4) for width in narrow["features_per_stage"]]
+    plans.write_text(json.dumps(content))
     space.run("nnUNetv2_preprocess", "-d", 998, "-plans_name", PLANS, "-c", "3d_detect", "-np", 1)
     splits = [{"train": names[:2], "val": names[2:]}, {"train": names[2:], "val": names[:2]}]
     (space.folder / "preprocessed" / DATASET / "splits_final.json").write_text(json.dumps(splits))
