@@ -280,6 +280,9 @@ class DetectorNetwork(nn.Module, ABC):
         masks = torch.cat([target == label for label in self.classes], 1)
         return masks, target[:, 0] != ignored
 
+    def give_masks(self, target: torch.Tensor) -> None:
+        """Called with the batch's targets ahead of each training step, for detectors that learn from seeing them."""
+
     @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> dict | torch.Tensor:
         """``x: (B, input_channels, *patch)``; see the class."""

@@ -249,6 +249,11 @@ class ROICascadeTrainer(DynTrainer):
             return self.module.loss(output, target)
         return output.new_zeros(())  # of rendered boxes; validation_step has the detector's own
 
+    def train_step(self, batch: dict) -> dict:
+        if self.is_detector:
+            self.module.give_masks(batch["target"].to(self.device, non_blocking=True))
+        return super().train_step(batch)
+
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         if self.is_detector:

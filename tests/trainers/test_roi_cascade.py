@@ -18,9 +18,11 @@ from training import LABELS, steps, trainer_class
 from nnunet_dyn.architectures.roi import Detection
 from nnunet_dyn.architectures.roi_detectors import LowResDetector
 from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
+from nnunet_dyn.architectures.triplane import TriPlaneDetector
 from nnunet_dyn.errors import JobError
 from nnunet_dyn.planning import derived_architecture
 from nnunet_dyn.plans_templates import load_template
+from nnunet_dyn.trainers import roi_cascade
 from nnunet_dyn.trainers.roi_cascade import GateDatasetBlosc2
 
 NAME = "nnUNetTrainerROICascade_5epochs_2iters"
@@ -297,8 +299,19 @@ def test_resuming_keeps_the_calibration(make, tmp_path):
     assert float(again.module.score_threshold) == pytest.approx(0.2)
 
 
-def test_the_papers_detector_takes_the_defaults_place(make):
-    pytest.importorskip("nnunet_dyn.architectures.triplane", reason="the tri-plane detector is not there")
+def test_the_papers_detector_takes_the_defaults_place(make, monkeypatch):
+    """On the same plans; it sees the segmentation of the batches that it learns from."""
     trainer = make("3d_detect", name="nnUNetTrainerROICascadeTriPlane_1epochs_1iters")
-    trainer.initialize()
-    assert type(trainer.module).__name__ == "TriPlaneDetector"
+    small = {"size": 32, "width": 32, "backbone": "resnet18"}
+    original = roi_cascade.build_network
+
+    def build(architecture, *arguments, **options):
+        assert architecture["network_class_name"] == roi_cascade.TRI_PLANE
+        return original(architecture | {"arch_kwargs": architecture["arch_kwargs"] | small}, *arguments, **options)
+
+    monkeypatch.setattr(roi_cascade, "build_network", build)
+    seen = []
+    monkeypatch.setattr(TriPlaneDetector, "give_masks", lambda self, target: seen.append(target.shape))
+    assert np.isfinite(steps(trainer, 1)).all()
+    assert isinstance(trainer.module, TriPlaneDetector) and seen == [(2, 1, 12, 12, 12)]
+    assert trainer.calibrate().cases == 1
