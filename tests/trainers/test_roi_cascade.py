@@ -302,7 +302,7 @@ def test_resuming_keeps_the_calibration(make, tmp_path):
 def test_the_papers_detector_takes_the_defaults_place(make, monkeypatch):
     """On the same plans; it sees the segmentation of the batches that it learns from."""
     trainer = make("3d_detect", name="nnUNetTrainerROICascadeTriPlane_1epochs_1iters")
-    small = {"size": 32, "width": 32, "backbone": "resnet18"}
+    small = {"size": 32, "stages": 2, "width": 32, "hidden": 32, "backbone": "resnet18"}
     original = roi_cascade.build_network
 
     def build(architecture, *arguments, **options):
@@ -310,6 +310,7 @@ def test_the_papers_detector_takes_the_defaults_place(make, monkeypatch):
         return original(architecture | {"arch_kwargs": architecture["arch_kwargs"] | small}, *arguments, **options)
 
     monkeypatch.setattr(roi_cascade, "build_network", build)
+    monkeypatch.setattr(roi_cascade, "SCORES", (0.5,))
     seen = []
     monkeypatch.setattr(TriPlaneDetector, "give_masks", lambda self, target: seen.append(target.shape))
     assert np.isfinite(steps(trainer, 1)).all()
