@@ -89,11 +89,15 @@ def connected_targets(mask: np.ndarray, connectivity: int | None = None) -> tupl
     Returns:
         Their numbers, from 1, in the box that holds them all, and that box's first voxel.
     """
-    extents = ndimage.find_objects(mask.astype(np.uint8))  # labelling takes long, so only where there is something
-    if not extents:
-        return np.zeros((1,) * mask.ndim, np.int32), (0,) * mask.ndim
+    extents, view = [], mask  # labelling takes long, so only where there is something
+    for axis in range(mask.ndim):
+        occupied = np.flatnonzero(view.any(tuple(other for other in range(mask.ndim) if other != axis)))
+        if not len(occupied):
+            return np.zeros((1,) * mask.ndim, np.int32), (0,) * mask.ndim
+        extents.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
+        view = view[(*[slice(None)] * axis, extents[-1])]
     structure = ndimage.generate_binary_structure(mask.ndim, connectivity or mask.ndim)
-    return ndimage.label(mask[extents[0]], structure)[0], tuple(axis.start for axis in extents[0])
+    return ndimage.label(view, structure)[0], tuple(axis.start for axis in extents)
 
 
 def component_boxes(components: np.ndarray, corner: Sequence[int]) -> list[Box]:
