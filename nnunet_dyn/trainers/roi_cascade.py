@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -410,9 +409,9 @@ class ROICascadeTrainer(DynTrainer):
             for key in missing:
                 labels = np.asarray(dataset.load_case(key)[1][0])
                 stored[key] = {"stamp": stamps[key], "boxes": label_boxes(labels, self.label_manager.foreground_labels)}
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-                file.write(json.dumps(stored))
-            os.replace(file.name, path)  # other folds may read and write it at the same time
+            written = path.with_suffix(f".{os.getpid()}.tmp")
+            written.write_text(json.dumps(stored))
+            os.replace(written, path)  # other folds may read and write it at the same time
         return {
             key: {
                 int(label): [tuple(map(tuple, box)) for box in found] for label, found in stored[key]["boxes"].items()
