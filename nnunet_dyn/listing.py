@@ -7,7 +7,7 @@ import json
 import textwrap
 from dataclasses import asdict, dataclass
 
-from nnunet_dyn.plans_templates import load_template
+from nnunet_dyn.plans_templates import Template, load_template
 from nnunet_dyn.trainers.catalogue import STOCK, template_name, trainer_names
 
 #: The patch that costs are given for, per dimension; one channel, four classes, nnU-Net's default plan.
@@ -22,8 +22,8 @@ class Method:
         trainers: names for ``-tr``; each also takes a length.
         template: name for ``nnunet_dyn plan -t``, whose configurations nnU-Net's own trainer trains unless
             ``own_procedure`` names another one.
-        parameters, macs: of the network for the largest reference patch it works on; MACs as in
-            :mod:`nnunet_dyn.accounting`.
+        parameters, macs: of the network for the largest reference patch it works on, of several configurations
+            together; MACs as in :mod:`nnunet_dyn.accounting`.
     """
 
     trainers: tuple[str, ...]
@@ -76,14 +76,22 @@ def methods():
     from nnunet_dyn.planning import build_network, derived_architecture
     from nnunet_dyn.profiling import planned_configuration
 
-    def costs(dimensions: tuple[int, ...], derive) -> dict[str, int]:
+    def costs(template: Template | None) -> dict[str, int]:
         import torch
 
-        patch = REFERENCE_PATCHES[max(dimensions)]
-        architecture = derive(planned_configuration(patch)["architecture"])
-        with torch.device("meta"):  # counting needs no weights
-            network = build_network(architecture, 1, 4, allow_init=False)
-        return {"parameters": count_parameters(network), "macs": count_operations(network, (1, 1, *patch)).total}
+        patch = REFERENCE_PATCHES[max(template.dimensions) if template else 3]
+        total = {"parameters": 0, "macs": 0}
+        for part in [template] if template is None else list(template.parts.values()) or [template]:
+            architecture, channels = planned_configuration(patch)["architecture"], 1
+            if part is not None:
+                architecture = derived_architecture(part, architecture, patch, channels)
+            if "previous_stage" in (part.configuration if part else {}):
+                channels += 3  # its segmentation, a channel a class
+            with torch.device("meta"):  # counting needs no weights
+                network = build_network(architecture, channels, 4, allow_init=False)
+            total["parameters"] += count_parameters(network)
+            total["macs"] += count_operations(network, (1, channels, *patch)).total
+        return total
 
     yield Method(
         (STOCK,),
@@ -93,7 +101,7 @@ def methods():
         "",
         (2, 3),
         None,
-        **costs((2, 3), lambda planned: planned),
+        **costs(None),
     )
     by_template: dict[str, list[str]] = {}
     for trainer in trainer_names():
@@ -108,5 +116,5 @@ def methods():
             template.paper,
             template.dimensions,
             template.trainer,
-            **costs(template.dimensions, lambda planned, template=template: derived_architecture(template, planned)),
+            **costs(template),
         )

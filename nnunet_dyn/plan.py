@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
         )
     templates = [load_template(name) for name in args.t or template_names()]
     for template in templates:
-        _ = template.network_class  # a class that is missing should be known before minutes of planning
+        for part in (template.parts or {template.name: template}).values():
+            _ = part.network_class  # a class that is missing should be known before minutes of planning
     names = [template.name for template in templates]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"-t got {', '.join(repeated)} more than once; expected templates of different names.")
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = [(template, fitting) for template, fitting in wanted if fitting]
     if not wanted:
         raise UsageError(f"{args.p} has no configuration with one of nnU-Net's U-Nets; nothing to derive from.")
-    names = {f"{base}_{template.name}" for template, fitting in wanted for base in fitting}
+    names = {name for template, fitting in wanted for name in template.configuration_names(fitting)}
     if not args.overwrite and (existing := sorted(names & set(plans["configurations"]))):
         raise UsageError(
             f"{output.name} already has {', '.join(existing)}. Choose another name with -o, or take --overwrite."
@@ -208,6 +209,15 @@ def _fitting(template: Template, bases: dict[str, int], wanted: list[str] | None
         raise UsageError(
             f"-c got {', '.join(unknown)}; the plans have {', '.join(bases) or 'no U-Net'}. Name some of those."
         )
+    if template.base is not None:
+        if template.base in bases and template.base in (wanted or bases):
+            return [template.base]
+        if skip:
+            return []
+        raise UsageError(
+            f"Template {template.name} starts from {template.base}; got {', '.join(wanted or bases)}. Choose that "
+            "configuration, or another template."
+        )
     fitting = [name for name in wanted or bases if bases[name] in template.dimensions]
     if not skip and (not fitting or (wanted and fitting != wanted)):
         possible = " and ".join(f"{d}D" for d in template.dimensions)
@@ -222,15 +232,11 @@ def _derive(
     template: Template, plans: PlansManager, bases: list[str], output_name: str, gpu_memory_target: float | None
 ) -> dict[str, dict]:
     """The configurations of ``template`` for each of ``bases``, by name."""
-    from nnunet_dyn.planning import derive_configuration, network_planner
+    from nnunet_dyn.planning import derive_configuration
 
-    try:
-        planner = network_planner(plans, template, gpu_memory_target)
-    except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
-        raise UsageError(
-            f"nnU-Net's planner cannot start ({type(error).__name__}: {error}). Expected the data set's dataset.json, "
-            "images and fingerprint; run nnUNetv2_plan_and_preprocess."
-        ) from error
+    if template.configurations:
+        return _derive_parts(template, plans, output_name, gpu_memory_target)
+    planner = _planner(plans, template, gpu_memory_target)
     derived, cache = {}, {}
     for base in bases:
         entries = plans.plans["configurations"][base]
@@ -251,6 +257,39 @@ def _derive(
             configuration["data_identifier"] = f"{output_name}_{name}"
         derived[name] = configuration
     return derived
+
+
+def _derive_parts(
+    template: Template, plans: PlansManager, output_name: str, gpu_memory_target: float | None
+) -> dict[str, dict]:
+    """The configurations that ``template`` names, each derived from its base."""
+    from nnunet_dyn.planning import derive_configuration, derive_whole_volume
+
+    derived = {}
+    for name, part in template.parts.items():
+        planner = _planner(plans, part, gpu_memory_target)
+        try:
+            if part.whole_volume is None:
+                derived[name] = derive_configuration(planner, plans, template.base, {})
+            else:
+                derived[name] = derive_whole_volume(planner, plans, template.base)
+        except (ValueError, TypeError) as error:
+            raise _DoesNotFit(f"Template {template.name}, {name}, does not fit {template.base}: {error}") from error
+        if "spacing" in derived[name]:
+            derived[name]["data_identifier"] = f"{output_name}_{name}"
+    return derived
+
+
+def _planner(plans: PlansManager, template: Template, gpu_memory_target: float | None):
+    from nnunet_dyn.planning import network_planner
+
+    try:
+        return network_planner(plans, template, gpu_memory_target)
+    except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
+        raise UsageError(
+            f"nnU-Net's planner cannot start ({type(error).__name__}: {error}). Expected the data set's dataset.json, "
+            "images and fingerprint; run nnUNetv2_plan_and_preprocess."
+        ) from error
 
 
 def _write(plans: dict, path: Path) -> None:
@@ -292,5 +331,11 @@ def _report(added: dict[str, dict], plans: dict, output: Path, command: str, tra
         present = (output.parent / configuration.data_identifier).is_dir()
         state = configuration.data_identifier + ("" if present else " (not there yet: nnUNetv2_preprocess)")
         print(f"{name:{width}}  {patch:17}  {configuration.batch_size:5}  {state}")
+    own_data = [name for name in added if "data_identifier" in plans["configurations"][name]]
+    if own_data:
+        print(
+            f"\nPreprocess {' and '.join(own_data)} first, which shares no data with another:\n"
+            f"  nnUNetv2_preprocess -d {command.split()[1]} -plans_name {output.stem} -c {' '.join(own_data)}"
+        )
     with_trainer = f"its own trainer:\n  {command} -tr {trainer}" if trainer else f"nnU-Net's own trainer:\n  {command}"
     print(f"\nWritten to {output}. Train the first one with {with_trainer}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from copy import deepcopy
 from math import prod
 from pydoc import locate
 from typing import TYPE_CHECKING, ClassVar
@@ -19,6 +20,10 @@ from nnunet_dyn.plans_templates import Template
 
 if TYPE_CHECKING:  # importing it takes a second, and trainers import this module
     from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
+# A whole volume's coarsest map has this many voxels per axis at least, and so many halvings lead to it at most: with
+# more, axes would have to be multiples of more, and more of the patch would be padding.
+_COARSEST, _MOST_HALVINGS = 4, 4
 
 #: What a plan's architecture must say for a U-Net to be derived from it.
 UNET_KEYS = ("n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides")
@@ -44,10 +49,16 @@ def adapt_arch_kwargs(network_class: type[nn.Module], planned: dict, overlay: di
     return {key: value for key, value in planned.items() if key in known} | overlay
 
 
-def derived_architecture(template: Template, planned: dict) -> dict:
+def derived_architecture(
+    template: Template, planned: dict, patch_size: Sequence[int] | None = None, image_channels: int | None = None
+) -> dict:
     """The architecture block of ``template``'s network for the stages, strides and kernels of ``planned``'s.
 
     A template whose network takes a ``network_class`` wraps another network: the one it names, or the planned one.
+
+    Args:
+        patch_size, image_channels: what networks are told that ask for them. The channels are those of the image,
+            without those of a previous stage.
 
     Raises:
         ValueError: see :func:`adapt_arch_kwargs`.
@@ -68,6 +79,9 @@ def derived_architecture(template: Template, planned: dict) -> dict:
     else:
         kwargs = kwargs | overlay | {"network_class": planned["network_class_name"]}
         imports.append("network_class")
+    asked = inspect.signature(template.network_class).parameters
+    told = {"patch_size": patch_size and list(map(int, patch_size)), "image_channels": image_channels}
+    kwargs = kwargs | {key: value for key, value in told.items() if key in asked and value is not None}
     return {
         "network_class_name": template.network_class_name,
         "arch_kwargs": kwargs,
@@ -150,10 +164,11 @@ class _NetworkPlanning:
             "arch_kwargs": arch_kwargs,
             "_kw_requires_import": arch_kwargs_req_import,
         }
+        architecture = derived_architecture(self.template, planned, patch_size, input_channels)
+        if "image_channels" in architecture["arch_kwargs"]:
+            input_channels += output_channels  # nnU-Net says those of the image alone
         with torch.device("meta"):  # sizes only; no weights are made
-            network = build_network(
-                derived_architecture(self.template, planned), input_channels, output_channels, allow_init=False
-            )
+            network = build_network(architecture, input_channels, output_channels, allow_init=False)
         return network.compute_conv_feature_map_size(patch_size)
 
 
@@ -199,7 +214,69 @@ def derive_configuration(planner: ExperimentPlanner, plans: PlansManager, name: 
         **own,
         "patch_size": new["patch_size"],
         "batch_size": new["batch_size"],
-        "architecture": derived_architecture(template, new["architecture"]),
+        "architecture": derived_architecture(
+            template, new["architecture"], new["patch_size"], _channels(planner.dataset_json)
+        ),
+        **template.configuration,
+    }
+    recursive_fix_for_json_export(configuration)
+    return configuration
+
+
+def _channels(dataset_json: dict) -> int:
+    return len(dataset_json["modality" if "modality" in dataset_json else "channel_names"])
+
+
+def derive_whole_volume(planner: ExperimentPlanner, plans: PlansManager, name: str) -> dict:
+    """Plan a configuration whose patch holds every training volume, at the finest spacing that ``whole_volume`` allows.
+
+    As nnU-Net plans low resolution, the finer axes are coarsened first, until all are within a factor of two.
+
+    Returns:
+        A configuration that inherits from ``name`` and has a spacing, hence preprocessed data, of its own.
+
+    Raises:
+        ValueError: no spacing leaves so few voxels.
+    """
+    from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+
+    planned, template, axes = plans.get_configuration(name), planner.template, plans.transpose_forward
+    full_spacing, fingerprint = np.array(planned.spacing, float), planner.dataset_fingerprint
+    extents = np.array(fingerprint["shapes_after_crop"]) * np.array(fingerprint["spacings"])
+    extent = extents.max(0)[axes]  # in mm
+    wanted = template.whole_volume
+    limit = min(wanted["max_voxels"], wanted["max_share"] * prod(np.round(extent / full_spacing)))
+    spacing = full_spacing.copy()
+    while True:
+        volume = np.maximum(1, np.round(extent / spacing)).astype(int)
+        _, strides, kernels, patch, _ = get_pool_and_conv_props(spacing, volume, _COARSEST, _MOST_HALVINGS)
+        if len(strides) < 2:
+            raise ValueError(
+                f"volumes of up to {np.round(extent / full_spacing).astype(int).tolist()} voxels allow a whole one of "
+                f"{limit:.0f}, too few to halve. Such small volumes need no detector: train {name}."
+            )
+        if prod(patch) <= limit:
+            break
+        is_finer = spacing.max() / spacing > 2
+        spacing[is_finer if is_finer.any() else slice(None)] *= 1.02
+    architecture = deepcopy(planned.configuration["architecture"])
+    architecture["arch_kwargs"] |= {"n_stages": len(strides), "strides": strides, "kernel_sizes": kernels}
+    channels = _channels(planner.dataset_json)
+    classes = plans.get_label_manager(planner.dataset_json).num_segmentation_heads
+    architecture = derived_architecture(template, architecture, patch, channels)
+    with torch.device("meta"):
+        network = build_network(architecture, channels, classes, allow_init=False)
+    # As nnU-Net does: what the memory takes, at most a twentieth of the data set, and no less than its minimum.
+    memory = planner.UNet_reference_val_3d * planner.UNet_vram_target_GB / planner.UNet_reference_val_corresp_GB
+    fits = int(memory / network.compute_conv_feature_map_size(patch) * planner.UNet_reference_val_corresp_bs_3d)
+    twentieth = round(planner.dataset_json["numTraining"] * planner.max_dataset_covered)
+    configuration = {
+        "inherits_from": name,
+        "spacing": spacing,
+        "median_image_size_in_voxels": np.round(np.array(planned.median_image_size_in_voxels) * full_spacing / spacing),
+        "patch_size": patch,
+        "batch_size": max(planner.UNet_min_batch_size, min(fits, twentieth)),
+        "architecture": architecture,
         **template.configuration,
     }
     recursive_fix_for_json_export(configuration)

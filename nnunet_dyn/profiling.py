@@ -412,7 +412,9 @@ def _trainers(wanted: list[str] | None, dimension: int) -> list[str]:
         wanted = [
             name
             for name in trainer_names()
-            if "ImageNet" not in name and dimension in load_template(template_name(name)).dimensions
+            if "ImageNet" not in name
+            and dimension in (template := load_template(template_name(name))).dimensions
+            and not template.configurations  # those train configurations of their own
         ]
     return [STOCK, *(name for name in wanted if name != STOCK)]
 

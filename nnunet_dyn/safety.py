@@ -1,4 +1,4 @@
-"""When a dynamic network may leave voxels out: thresholds set on cases whose segmentation is known.
+"""When a dynamic network may leave voxels out: thresholds and margins set on cases whose segmentation is known.
 
 A policy is a classifier and errs. Its thresholds are the lowest, that is the cheapest, ones that keep nearly all voxels
 of every class where the network looks, and let no lesion vanish whole.
@@ -7,9 +7,9 @@ of every class where the network looks, and let no lesion vanish whole.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import inf, isinf
+from math import inf, isinf, prod
 
 import numpy as np
 
@@ -20,6 +20,8 @@ _EVEN = 0.5
 #: How far a threshold lies above the probability that sets it, in logits: another batch size, device or precision
 #: gives the same slice another last digit.
 _MARGIN = 0.1
+#: Margins of boxes are looked for up to this many voxels, or an eighth of the volume's side.
+_LEAST_MARGIN = 4
 
 
 @dataclass(frozen=True)
@@ -191,3 +193,223 @@ def _lowest(values: np.ndarray, is_safe) -> float:
     candidates = (at / (at + (1 - at) * np.exp(-_MARGIN))).tolist()
     found = bisect_left(candidates, True, key=lambda threshold: is_safe(threshold))
     return candidates[found] if found < len(candidates) else NEVER
+
+
+@dataclass(frozen=True)
+class BoxCalibration:
+    """How a detector's boxes are taken, and what they hold on the cases that this was set on.
+
+    Attributes:
+        margin: voxels per axis, of the detector's grid, by which boxes are enlarged.
+        score_threshold: what a detection must reach.
+        coverage: of each class, the share of voxels inside any box.
+        worst: case and class of the lowest coverage, and that coverage.
+        lost_components: connected components of the size that counts of which nothing is inside a box.
+        is_safe: whether every class is covered as asked for and no component is lost.
+        volume: share of all voxels that are inside a box.
+        ratio: the boxes' voxels to those of boxes drawn around the targets; ``None`` where there is no target.
+        cases: how many there were.
+        unseen: classes that the cases have no voxels of.
+    """
+
+    margin: tuple[int, ...]
+    score_threshold: float
+    coverage: dict[str, float]
+    worst: tuple[str, str, float]
+    lost_components: int
+    is_safe: bool
+    volume: float
+    ratio: float | None
+    cases: int
+    unseen: tuple[str, ...] = ()
+
+    def to_json(self) -> dict:
+        """The fields as JSON has them."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        case, label, share = self.worst
+        coverage = ", ".join(f"{label} {100 * value:.2f} %" for label, value in self.coverage.items())
+        text = (
+            f"Calibrated on {self.cases} cases: margin {' × '.join(map(str, self.margin))} voxels, score "
+            f"{self.score_threshold:g}. Boxes are {100 * self.volume:.1f} % of the volume"
+        )
+        text += f", {self.ratio:.2f} times those around the targets" if self.ratio is not None else ""
+        text += f". Voxels inside: {coverage or 'no foreground'}."
+        if case:
+            text += f" Lowest: {case}, class {label}, {100 * share:.2f} %."
+        text += f" Components lost whole: {self.lost_components}."
+        if self.unseen:
+            text += f" No voxels in the validation cases, so that nothing is known: {', '.join(self.unseen)}."
+        if not self.is_safe:
+            text += " This is less than asked for: the segmentor will miss targets. Train the detector for longer."
+        return text
+
+
+@dataclass
+class _BoxCase:
+    name: str
+    shape: tuple[int, ...]
+    component: np.ndarray  # (N,), numbered over all cases
+    cells: np.ndarray  # (N, axes)
+    voxels: np.ndarray  # (N,)
+    boxes: dict[float, np.ndarray]  # by threshold: (boxes, axes, 2)
+    tight: np.ndarray
+
+    def inside(self, threshold: float, margin: Sequence[int]) -> np.ndarray:
+        """Whether each cell is in any box with ``margin``: ``(N,)``."""
+        covered = np.zeros(len(self.cells), bool)
+        for start, stop in self.boxes[threshold].transpose(0, 2, 1):
+            covered |= ((self.cells >= start - margin) & (self.cells < stop + margin)).all(1)
+        return covered
+
+    def union(self, boxes: np.ndarray, margin: Sequence[int]) -> int:
+        """Voxels of the grid inside any of ``boxes`` with ``margin``."""
+        inside = np.zeros(self.shape, bool)
+        for box in boxes:
+            inside[tuple(slice(max(0, a - more), b + more) for (a, b), more in zip(box, margin, strict=True))] = True
+        return int(inside.sum())
+
+
+class BoxEvidence:
+    """What a detector finds in cases whose targets are known, on the detector's grid."""
+
+    def __init__(self):
+        self._cases: list[_BoxCase] = []
+        self._components: list[tuple[str, str]] = []  # case and class
+
+    def add_case(
+        self,
+        case: str,
+        shape: Sequence[int],
+        fine: Sequence[int],
+        targets: Iterable[tuple[str, np.ndarray, Sequence[int]]],
+        boxes: Mapping[float, Sequence[Sequence[tuple[int, int]]]],
+        tight: Sequence[Sequence[tuple[int, int]]],
+    ) -> None:
+        """Add a case.
+
+        Args:
+            shape: of the case on the detector's grid.
+            fine: its shape on the grid that is segmented.
+            targets: a class, its components there numbered from 1, and the first voxel of that array. A voxel counts
+                for the voxel of the detector's grid that holds its middle.
+            boxes: without a margin, by the score threshold that they reach.
+            tight: boxes around the targets.
+        """
+        component, cells, voxels = [np.zeros(0, int)], [np.zeros((0, len(shape)), int)], [np.zeros(0, int)]
+        for label, components, corner in targets:
+            at = np.nonzero(components)
+            coarse = [
+                ((index + first + 0.5) * size / full).astype(int)
+                for index, first, size, full in zip(at, corner, shape, fine, strict=True)
+            ]
+            count = int(components.max(initial=0))
+            where = (count + 1, *shape)
+            keys, counts = np.unique(np.ravel_multi_index([components[at], *coarse], where), return_counts=True)
+            number, *index = np.unravel_index(keys, where)
+            component.append(number + len(self._components) - 1)
+            cells.append(np.stack(index, 1))
+            voxels.append(counts)
+            self._components += [(case, label)] * count
+        self._cases.append(
+            _BoxCase(
+                case,
+                tuple(shape),
+                np.concatenate(component),
+                np.concatenate(cells),
+                np.concatenate(voxels),
+                {threshold: _as_array(found, len(shape)) for threshold, found in boxes.items()},
+                _as_array(tight, len(shape)),
+            )
+        )
+
+    def calibrate(
+        self, labels: Collection[str], min_coverage: float = 0.995, min_component: int = 10
+    ) -> BoxCalibration:
+        """The threshold and the smallest margin whose boxes are safe; of all that are, those of the fewest voxels.
+
+        Where none is safe, the one that loses the fewest components, then the fewest voxels. Where a class has no
+        voxels nothing is known of it, and the lowest threshold is taken with a margin of two voxels at least.
+
+        Args:
+            labels: every class that is to be found.
+            min_coverage: share of the voxels of every class that must be inside a box.
+            min_component: components of this many voxels or more must not be outside whole.
+
+        Raises:
+            ValueError: ``min_coverage`` is no share, or there are no cases.
+        """
+        if not 0 <= min_coverage <= 1:
+            raise ValueError(f"min_coverage got {min_coverage}; expected a share from 0 to 1.")
+        if not self._cases:
+            raise ValueError("No cases to calibrate on. Expected one in the validation fold.")
+        axes = len(self._cases[0].shape)
+        count = len(self._components)
+        names = np.array([label for _, label in self._components], dtype=object)
+        total = sum((np.bincount(c.component, c.voxels, count) for c in self._cases), np.zeros(count))
+        seen = sorted(set(names))
+
+        def held(threshold: float, margin: Sequence[int]) -> np.ndarray:
+            covered = np.zeros(count)
+            for case in self._cases:
+                inside = case.inside(threshold, np.asarray(margin))
+                covered += np.bincount(case.component, case.voxels * inside, count)
+            return covered
+
+        def coverage(covered: np.ndarray) -> dict[str, float]:
+            return {label: float(covered[names == label].sum() / total[names == label].sum()) for label in seen}
+
+        def lost(covered: np.ndarray) -> int:
+            return int(((covered == 0) & (total >= min_component)).sum())
+
+        def badness(covered: np.ndarray) -> tuple[int, float]:
+            return lost(covered), -min([min_coverage, *coverage(covered).values()])
+
+        def size(threshold: float, margin: Sequence[int]) -> int:
+            return sum(case.union(case.boxes[threshold], margin) for case in self._cases)
+
+        unseen = tuple(label for label in labels if label not in seen)
+        thresholds, least = sorted(self._cases[0].boxes, reverse=True), 0
+        if unseen:  # nothing is known of them, so everything that may be one is kept
+            thresholds, least = thresholds[-1:], _LEAST_MARGIN // 2
+        largest = [max(_LEAST_MARGIN, max(case.shape[axis] for case in self._cases) // 8) for axis in range(axes)]
+        steps = range(least, max(largest) + 1)
+        margins = [tuple(min(step, limit) for limit in largest) for step in steps]
+        best = min(badness(held(threshold, margins[-1])) for threshold in thresholds)
+        candidates = []
+        for threshold in thresholds:
+            if badness(held(threshold, margins[-1])) > best:
+                continue
+            # A larger margin never covers less.
+            margin = margins[
+                bisect_left(margins, True, key=lambda margin, t=threshold: badness(held(t, margin)) <= best)
+            ]
+            for axis in range(axes):
+                trials = [(*margin[:axis], less, *margin[axis + 1 :]) for less in range(least, margin[axis] + 1)]
+                margin = trials[bisect_left(trials, True, key=lambda m, t=threshold: badness(held(t, m)) <= best)]
+            candidates.append((size(threshold, margin), -threshold, margin))
+        voxels, threshold, margin = min(candidates)
+        covered = held(-threshold, margin)
+        shares = {}
+        for key in set(self._components):
+            own = [pair == key for pair in self._components]
+            shares[key] = float(covered[own].sum() / total[own].sum())
+        worst = min(((value, *key) for key, value in shares.items()), default=(1.0, "", ""))
+        tight = sum(case.union(case.tight, (0,) * axes) for case in self._cases)
+        return BoxCalibration(
+            margin,
+            -threshold,
+            coverage(covered),
+            (*worst[1:], worst[0]),
+            lost(covered),
+            badness(covered) == (0, -min_coverage),
+            voxels / sum(prod(case.shape) for case in self._cases),
+            voxels / tight if tight else None,
+            len(self._cases),
+            unseen,
+        )
+
+
+def _as_array(boxes: Sequence, axes: int) -> np.ndarray:
+    return np.array(boxes, int).reshape(-1, axes, 2)

@@ -10,13 +10,14 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     nnUNetPlannerResEncM,
 )
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 import nnunet_dyn.trainers
 from nnunet_dyn import cli
 from nnunet_dyn.architectures.efficient_unet import EfficientUNet, GenericUNet
-from nnunet_dyn.planning import network_planner
+from nnunet_dyn.planning import build_network, network_planner
 from nnunet_dyn.plans_templates import load_template
 
 DATASET = "Dataset997_Plans"
@@ -248,7 +249,7 @@ class TestOwnTemplate:
     CONTENT = load_template("effb0").__dict__ | {"dimensions": [2]}
 
     def write(self, path, **changes):
-        content = {key: value for key, value in self.CONTENT.items() if key != "name"} | changes
+        content = {key: self.CONTENT[key] for key in self.CONTENT if key not in ("name", "whole_volume")} | changes
         path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
         return path
 
@@ -307,6 +308,14 @@ class TestOwnTemplate:
             ({"dimensions": [[2]]}, "dimensions got [[2]]; expected [2]"),
             ({"arch_kwargs": {"encoder": "b0", "decodr": "plain"}}, "arch_kwargs got decodr, which"),
             ({"arch_kwargs": {"encoder": "b9"}}, "Unknown EfficientNet variant 'b9'"),
+            ({"base": "3d_fullres"}, "base and configurations belong together"),
+            ({"base": "2d", "configurations": {"x": {"patch": 1}}}, "x got patch; expected network_class_name"),
+            ({"base": "2d", "configurations": {"x": {"whole_volume": {"max_voxels": 9}}}}, "got max_voxels; expected"),
+            (
+                {"base": "2d", "configurations": {"x": {"whole_volume": {"max_voxels": 9, "max_share": 2}}}},
+                "max_share got 2; expected a number above 0, at most 1",
+            ),
+            ({"base": "2d", "configurations": {"x": {"configuration": {"patch": 1}}}}, "configuration got patch"),
             ({"network_class_name": "torch.nn.Linear", "arch_kwargs": {}}, "has no compute_conv_feature_map_size"),
         ],
     )
@@ -368,3 +377,71 @@ def test_templates_that_do_not_fit_are_left_out_unless_named(dataset, capsys, mo
     assert plan("-c", "2d") == 0
     assert "Left out: Template meddanetv2 does not fit 2d" in capsys.readouterr().err
     assert "2d_effb0" in read(folder).available_configurations
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing"),
+    [((20, 96, 96), (5.0, 1.0, 1.0)), ((24, 32, 32), (1.0, 1.0, 1.0))],
+    ids=["aniso", "tiny"],
+)
+def test_a_cascade_of_detector_and_segmentor(dataset, capsys, shape, spacing):
+    folder = dataset(shape, spacing)
+    assert plan("-t", "roi_cascade") == 0
+    printed = capsys.readouterr().out
+    assert "3d_detect 0 -p nnUNetDynPlans -tr nnUNetTrainerROICascade" in printed
+    assert "nnUNetv2_preprocess -d 997 -plans_name nnUNetDynPlans -c 3d_detect\n" in printed
+    plans, original = read(folder), read(folder, "nnUNetPlans")
+    assert set(plans.available_configurations) - set(original.available_configurations) == {"3d_detect", "3d_roi"}
+    detect, roi, fullres = (plans.get_configuration(name) for name in ("3d_detect", "3d_roi", "3d_fullres"))
+    assert detect.data_identifier == "nnUNetDynPlans_3d_detect" and roi.data_identifier == fullres.data_identifier
+    assert detect.next_stage_names == ["3d_roi"] and roi.previous_stage_name == "3d_detect"
+    # The largest volume fits into the patch, which is small enough; all volumes have the same shape here.
+    resampled = compute_new_shape(shape, spacing, detect.spacing)
+    assert all(size <= length for size, length in zip(resampled, detect.patch_size, strict=True))
+    voxels = torch.tensor(detect.patch_size).prod().item()
+    assert voxels <= min(128**3, torch.tensor(shape).prod().item() / 8)
+    assert voxels > 0.35 * min(128**3, torch.tensor(shape).prod().item() / 8)
+    assert (detect.spacing[0] > spacing[0]) == (spacing[0] < 2 * detect.spacing[1])  # finer axes are coarsened first
+    assert detect.batch_size >= 2
+    # The networks are told what they ask for.
+    kwargs = roi.network_arch_init_kwargs
+    assert kwargs["image_channels"] == 1 and "network_class" in roi.network_arch_init_kwargs_req_import
+    network = build_network(roi.configuration["architecture"], 3, 3, deep_supervision=True)
+    assert network.image_channels == 1
+    assert all(size % step == 0 for size, step in zip(roi.patch_size, network.divisor, strict=True))
+    kwargs = detect.network_arch_init_kwargs
+    assert kwargs["patch_size"] == detect.patch_size
+    network = build_network(detect.configuration["architecture"], 1, 3, deep_supervision=False)
+    with torch.no_grad():
+        assert network.raw(torch.zeros(1, 1, *detect.patch_size))["mask"].shape[:2] == (1, 3)
+    with pytest.raises(ValueError, match=r"Train with -tr nnUNetTrainerROICascade\."):
+        nnUNetTrainer.build_network_architecture(plans, detect, 1, 3, True)
+
+
+def test_the_largest_volume_sets_the_whole_one(dataset):
+    """Volumes of other shapes: the patch has the longest side of each axis."""
+    folder = dataset((64, 64, 64))
+    fingerprint = json.loads((folder / "dataset_fingerprint.json").read_text())
+    fingerprint["shapes_after_crop"][3:5] = [[40, 96, 64], [80, 48, 48]]
+    fingerprint["spacings"][4] = [1.5, 1.0, 1.0]  # 120 mm
+    (folder / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+    assert plan("-t", "roi_cascade") == 0
+    detect = read(folder).get_configuration("3d_detect")
+    needed = compute_new_shape((120, 96, 64), (1.0, 1.0, 1.0), detect.spacing)
+    assert all(size <= length for size, length in zip(needed, detect.patch_size, strict=True))
+    assert torch.tensor(detect.patch_size).prod() <= 120 * 96 * 64 / 8
+
+
+def test_a_cascade_starts_from_its_base_only(dataset, capsys, monkeypatch):
+    folder = dataset()
+    assert plan("-t", "roi_cascade", "-c", "2d") == 2
+    assert "Template roi_cascade starts from 3d_fullres; got 2d. Choose" in capsys.readouterr().err
+    monkeypatch.setattr("nnunet_dyn.plan.template_names", lambda: ["magic1x", "roi_cascade"])
+    assert plan("-c", "2d") == 0
+    assert "3d_detect" not in read(folder).available_configurations
+    assert plan("-t", "roi_cascade") == 0
+    assert plan("-t", "roi_cascade") == 2
+    assert "already has 3d_detect, 3d_roi" in capsys.readouterr().err
+    dataset((8, 12, 12))
+    assert plan("-t", "roi_cascade", "-o", "Small") == 2
+    assert "Such small volumes need no detector: train 3d_fullres" in capsys.readouterr().err

@@ -4,9 +4,10 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from nnunet_dyn.safety import NEVER, Evidence
+from nnunet_dyn.safety import NEVER, BoxEvidence, Evidence
 
 LABELS = ["1"]
 
@@ -125,3 +126,95 @@ def test_the_slice_that_sets_a_threshold_does_not_hang_on_its_last_digit():
             1, LABELS
         )
         assert 0 < found.skip_threshold - probability < 0.1 * (1 - probability) and found.skipped == 0.5
+
+
+class TestBoxes:
+    """Margin and score of a detector, on hand-made cases of a grid of 20³."""
+
+    SHAPE = (20, 20, 20)
+
+    def evidence(self, found, targets=None, shape=None, case="a"):
+        """One case; ``found`` has boxes by threshold, ``targets`` slices by class."""
+        made = BoxEvidence()
+        self.add(made, found, targets or {"1": [np.s_[5:10, 5:10, 5:10]]}, shape or self.SHAPE, case)
+        return made
+
+    def add(self, made, found, targets, fine, case):
+        numbered = []
+        for label, parts in targets.items():
+            components = np.zeros(fine, int)
+            for number, part in enumerate(parts, 1):
+                components[part] = number
+            first = int(components.any((0, 1)).argmax())
+            numbered.append((label, components[..., first:], (0, 0, first)))
+        step = fine[0] // self.SHAPE[0]
+        tight = [[(axis.start // step, axis.stop // step) for axis in part] for p in targets.values() for part in p]
+        made.add_case(case, self.SHAPE, fine, numbered, found, tight)
+
+    def test_the_smallest_margin_per_axis(self):
+        found = self.evidence({0.5: [((5, 10), (6, 10), (8, 9))]}).calibrate(["1"])
+        assert found.margin == (0, 1, 3) and found.score_threshold == 0.5 and found.is_safe
+        assert found.coverage == {"1": 1.0} and found.lost_components == 0
+        assert found.ratio == pytest.approx(5 * 6 * 7 / 125) and found.volume == pytest.approx(210 / 8000)
+
+    def test_a_few_voxels_may_be_outside(self):
+        """Of 125 + 1 voxels less than 1 % is outside; one component of one voxel is too small to count."""
+        targets = {"1": [np.s_[5:10, 5:10, 5:10], np.s_[0:1, 0:1, 19:20]]}
+        boxes = {0.5: [((5, 10), (5, 10), (5, 10))]}
+        assert self.evidence(boxes, targets).calibrate(["1"], min_coverage=0.99).margin == (0, 0, 0)
+        strict = self.evidence(boxes, targets).calibrate(["1"], 1.0)
+        assert not strict.is_safe and strict.coverage["1"] == pytest.approx(125 / 126)
+
+    def test_a_small_component_of_ten_voxels_is_not_lost(self):
+        """Two in a thousand voxels would do without it."""
+        targets = {"1": [np.s_[0:18, 0:20, 0:15], np.s_[19:20, 10:20, 19:20]]}
+        boxes = {0.5: [((0, 18), (0, 20), (0, 15))], 0.1: [((0, 18), (0, 20), (0, 15)), ((19, 20), (12, 14), (19, 20))]}
+        found = self.evidence(boxes, targets).calibrate(["1"])
+        assert (found.score_threshold, found.margin, found.lost_components) == (0.1, (0, 0, 0), 0)
+        ignored = self.evidence(boxes, targets).calibrate(["1"], min_component=11)
+        assert (ignored.score_threshold, ignored.margin) == (0.5, (0, 0, 0))
+
+    def test_of_safe_ones_the_fewest_voxels_win(self):
+        """A lower score finds a box that needs no margin, and another that is no target."""
+        tight, loose = ((5, 10), (5, 10), (5, 10)), ((6, 7), (6, 7), (6, 7))
+        far = ((0, 20), (0, 20), (15, 20))
+        assert self.evidence({0.5: [loose], 0.1: [tight]}).calibrate(["1"]).score_threshold == 0.1
+        found = self.evidence({0.5: [loose], 0.1: [tight, far]}).calibrate(["1"])
+        assert (found.score_threshold, found.margin) == (0.5, (3, 3, 3))
+
+    def test_every_class_counts_in_any_box(self):
+        targets = {"1": [np.s_[5:10, 5:10, 5:10]], "2": [np.s_[11:12, 5:10, 5:10]]}
+        box = ((5, 10), (5, 10), (5, 10))
+        found = self.evidence({0.5: [box]}, targets).calibrate(["1", "2"])
+        assert found.margin == (2, 0, 0) and found.coverage == {"1": 1.0, "2": 1.0} and not found.unseen
+
+    def test_a_class_without_voxels_is_not_trusted(self):
+        box = ((5, 10), (5, 10), (5, 10))
+        found = self.evidence({0.5: [box], 0.1: [box]}).calibrate(["1", "3"])
+        assert (found.score_threshold, found.margin, found.unseen) == (0.1, (2, 2, 2), ("3",))
+        assert "so that nothing is known: 3" in str(found)
+
+    def test_targets_on_a_finer_grid(self):
+        targets = {"1": [np.s_[10:20, 10:20, 10:22]]}
+        found = self.evidence({0.5: [((5, 10), (5, 10), (5, 10))]}, targets, (40, 40, 40)).calibrate(["1"])
+        assert found.margin == (0, 0, 1) and found.ratio == pytest.approx(7 / 6)
+
+    def test_what_is_never_found_is_reported(self):
+        made = self.evidence({0.5: [((5, 10), (5, 10), (5, 10))], 0.1: []})
+        self.add(made, {0.5: [], 0.1: []}, {"1": [np.s_[2:7, 2:7, 2:7]]}, self.SHAPE, "b")
+        found = made.calibrate(["1"])
+        assert (found.lost_components, found.is_safe, found.score_threshold) == (1, False, 0.5)
+        assert found.worst == ("b", "1", 0.0) and found.margin == (0, 0, 0)
+        assert "the segmentor will miss targets" in str(found)
+        assert json.loads(json.dumps(found.to_json()))["coverage"] == {"1": 0.5}
+
+    def test_no_target_at_all(self):
+        made = BoxEvidence()
+        nothing = ("1", np.zeros((0, 0, 0), int), (0, 0, 0))
+        made.add_case("a", self.SHAPE, self.SHAPE, [nothing], {0.5: [], 0.1: []}, [])
+        found = made.calibrate(["1"])
+        assert (found.score_threshold, found.margin, found.ratio) == (0.1, (2, 2, 2), None)
+        with pytest.raises(ValueError, match="No cases"):
+            BoxEvidence().calibrate(["1"])
+        with pytest.raises(ValueError, match="min_coverage got 2"):
+            made.calibrate(["1"], 2)

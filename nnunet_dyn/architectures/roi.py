@@ -27,6 +27,9 @@ Box = tuple[tuple[int, int], ...]
 #: is larger, so that a box which one of two overlapping tiles has found outlives their average.
 INSIDE, OUTSIDE = 16.0, 8.0
 
+#: So many boxes of one class are speckle, whose neighbours need not be told apart.
+SPECKLE = 512
+
 
 @dataclass(frozen=True)
 class Detection:
@@ -77,20 +80,44 @@ def mask_boxes(mask: np.ndarray, gap: int = 2, connectivity: int | None = None) 
         gap: boxes with at most this many voxels between them on every axis are one; ``0`` merges those that overlap.
         connectivity: along how many axes at once voxels are neighbours; ``None`` means all, so corners count.
     """
-    extents = ndimage.find_objects(mask.astype(np.uint8))  # labelling takes long, so only where there is something
-    if not extents:
-        return []
+    return merge(component_boxes(*connected_targets(mask, connectivity)), gap)
+
+
+def connected_targets(mask: np.ndarray, connectivity: int | None = None) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The connected components of ``mask``, ``(*spatial)``, as :func:`mask_boxes` has them.
+
+    Returns:
+        Their numbers, from 1, in the box that holds them all, and that box's first voxel.
+    """
+    extents, view = [], mask  # labelling takes long, so only where there is something
+    for axis in range(mask.ndim):
+        occupied = np.flatnonzero(view.any(tuple(other for other in range(mask.ndim) if other != axis)))
+        if not len(occupied):
+            return np.zeros((1,) * mask.ndim, np.int32), (0,) * mask.ndim
+        extents.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
+        view = view[(*[slice(None)] * axis, extents[-1])]
     structure = ndimage.generate_binary_structure(mask.ndim, connectivity or mask.ndim)
-    components, _ = ndimage.label(mask[extents[0]], structure)
-    boxes = [
-        tuple((at.start + axis.start, at.start + axis.stop) for axis, at in zip(box, extents[0], strict=True))
+    return ndimage.label(view, structure)[0], tuple(axis.start for axis in extents)
+
+
+def component_boxes(components: np.ndarray, corner: Sequence[int]) -> list[Box]:
+    """The bounding box of each of ``components``, as :func:`connected_targets` gives them."""
+    return [
+        tuple((first + axis.start, first + axis.stop) for axis, first in zip(box, corner, strict=True))
         for box in ndimage.find_objects(components)
     ]
-    return merge(boxes, gap)
 
 
 def merge(boxes: Sequence[Box], gap: int = 0) -> list[Box]:
-    """The bounding boxes of groups of ``boxes`` that overlap or have at most ``gap`` voxels between them."""
+    """The bounding boxes of groups of ``boxes`` that overlap or have at most ``gap`` voxels between them.
+
+    Of more than :data:`SPECKLE` boxes those that touch are merged, too: every two are compared, which takes long.
+    """
+    if len(boxes) > SPECKLE:
+        filled = np.zeros(np.array(boxes).max((0, 2)), bool)
+        for box in boxes:
+            filled[tuple(slice(start, stop) for start, stop in box)] = True
+        boxes = component_boxes(*connected_targets(filled))
     while len(boxes) > 1:
         start, stop = np.array(boxes).transpose(2, 0, 1)
         # Without a gap, boxes that only touch stay apart.
@@ -257,10 +284,13 @@ class DetectorNetwork(nn.Module, ABC):
         masks = torch.cat([target == label for label in self.classes], 1)
         return masks, target[:, 0] != ignored
 
+    def give_masks(self, target: torch.Tensor) -> None:
+        """Called with the batch's targets ahead of each training step, for detectors that learn from seeing them."""
+
     @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> dict | torch.Tensor:
         """``x: (B, input_channels, *patch)``; see the class."""
-        if self.training:
+        if self.training or x.is_meta:  # sizes and costs only
             return self.raw(x)
         found = self.detect(x)
         if self.detections is not None:

@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 import torch
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD
-from dynamic_network_architectures.initialization.weight_init import InitWeights_He, init_last_bn_before_add_to_0
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
@@ -30,8 +30,9 @@ class LowResDetector(DetectorNetwork):
     found, and of the mean of its voxels' boxes, which reaches over what the mask leaves out.
 
     Args:
-        features_per_stage: width of each stage.
-        strides, kernel_sizes: of each stage, per axis; every stage may halve, the first one too.
+        strides, kernel_sizes: of each stage, per axis, as nnU-Net plans them. Its first stage, at the resolution of the
+            input, is left out; the next one's is the resolution of the mask.
+        base_features, max_features: width of the first stage, doubled with each, and the limit to that.
         blocks_per_stage: residual blocks.
         pyramid: width of the decoder.
 
@@ -47,20 +48,23 @@ class LowResDetector(DetectorNetwork):
         deep_supervision: bool = False,
         *,
         patch_size: Sequence[int],
-        features_per_stage: Sequence[int],
         strides: Sequence[Sequence[int]],
         kernel_sizes: Sequence[Sequence[int]],
-        blocks_per_stage: int = 1,
-        pyramid: int = 32,
         conv_op: type[_ConvNd] = nn.Conv3d,
         norm_op: type[nn.Module] = nn.InstanceNorm3d,
+        base_features: int = 16,
+        max_features: int = 256,
+        blocks_per_stage: int = 1,
+        pyramid: int = 16,
     ):
         super().__init__(input_channels, num_classes, deep_supervision, patch_size=patch_size)
-        lengths = [len(features_per_stage), len(strides), len(kernel_sizes)]
-        if len(set(lengths)) != 1 or not lengths[0]:
+        if len(strides) != len(kernel_sizes) or len(strides) < 2:
             raise ValueError(
-                f"features_per_stage, strides and kernel_sizes got {lengths} entries; expected one a stage in each."
+                f"strides and kernel_sizes got {len(strides)} and {len(kernel_sizes)} entries; expected one a stage in "
+                "each, and two stages at least."
             )
+        strides, kernel_sizes = strides[1:], kernel_sizes[1:]
+        widths = [min(max_features, base_features * 2**index) for index in range(len(strides))]
         divisor = [prod(axis) for axis in zip(*strides, strict=True)]
         if any(size % step for size, step in zip(self.patch_size, divisor, strict=True)):
             raise ValueError(
@@ -76,7 +80,7 @@ class LowResDetector(DetectorNetwork):
         }
         self.stages, self.lateral, self.smooth = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         channels = input_channels
-        for width, stride, kernel in zip(features_per_stage, strides, kernel_sizes, strict=True):
+        for width, stride, kernel in zip(widths, strides, kernel_sizes, strict=True):
             blocks = [
                 BasicBlockD(conv_op, channels if first else width, width, list(kernel), s, **shared)
                 for first, s in [(True, list(stride)), *[(False, [1] * len(stride))] * (blocks_per_stage - 1)]
@@ -100,15 +104,14 @@ class LowResDetector(DetectorNetwork):
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """He initialisation, residual branches off; masks start from a prior of one voxel in a hundred."""
+        """He initialisation; masks start from a prior of one voxel in nine."""
         if isinstance(module, LowResDetector):
-            nn.init.constant_(module.head.seg_layers["mask"].bias, -4.6)
+            nn.init.constant_(module.head.seg_layers["mask"].bias, -2.0)
             # Sides start at a tenth of the patch, so that no box is empty.
             nn.init.normal_(module.head.seg_layers["sides"].weight, std=1e-3)
             nn.init.constant_(module.head.seg_layers["sides"].bias, -2.25)
         else:
             InitWeights_He(1e-2)(module)
-            init_last_bn_before_add_to_0(module)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
         """Memory of one training sample of ``input_size`` voxels, in nnU-Net's unit: elements that convolutions write.

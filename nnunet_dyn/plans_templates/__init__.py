@@ -9,14 +9,22 @@ A template is a JSON file, ``<name>.json`` in this folder or anywhere else. Its 
 - ``arch_kwargs``: the arguments that the class needs beyond those nnU-Net plans for a U-Net.
 - ``configuration`` (optional): entries of the configuration to set, out of :data:`CONFIGURATION_KEYS`.
 - ``trainer`` (optional): the trainer that the method's own procedure needs. Without it any trainer will do.
+
+A method of several configurations that belong together, such as the stages of a cascade, has two entries more:
+
+- ``base``: the configuration they are all derived from.
+- ``configurations``: by name, what each of them has in the place of the template's own ``network_class_name``,
+  ``arch_kwargs`` and ``configuration``. With ``whole_volume``, an object with ``max_voxels`` and ``max_share``, its
+  patch is a whole volume: the spacing is the finest at which the largest training volume has at most so many voxels,
+  and at most that share of those in ``base``.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
@@ -56,6 +64,15 @@ _TYPES = {
     "arch_kwargs": dict,
     "configuration": dict,
     "trainer": (str, type(None)),
+    "base": (str, type(None)),
+    "configurations": dict,
+}
+_OPTIONAL = {"configuration", "trainer", "base", "configurations"}
+#: What one of several configurations may say for itself.
+_PART_TYPES = {"network_class_name": str, "arch_kwargs": dict, "configuration": dict, "whole_volume": dict}
+_WHOLE_VOLUME = {
+    "max_voxels": (_positive(int), "a whole number above 0"),
+    "max_share": (lambda value: _positive((int, float))(value) and value <= 1, "a number above 0, at most 1"),
 }
 _TYPE_NAMES = {str: "a text", list: "a list", dict: "an object", (str, type(None)): "a text or null"}
 
@@ -73,6 +90,21 @@ class Template:
     arch_kwargs: dict
     configuration: dict = field(default_factory=dict)
     trainer: str | None = None
+    base: str | None = None
+    configurations: dict[str, dict] = field(default_factory=dict)
+    whole_volume: dict | None = None
+
+    @property
+    def parts(self) -> dict[str, Template]:
+        """Of a method of several configurations, a template for each, by the configuration's name."""
+        return {
+            name: replace(self, **entries, base=None, configurations={})
+            for name, entries in self.configurations.items()
+        }
+
+    def configuration_names(self, bases: Iterable[str]) -> list[str]:
+        """What the configurations derived from ``bases`` are called."""
+        return list(self.configurations) or [f"{base}_{self.name}" for base in bases]
 
     @property
     def network_class(self) -> Callable[..., nn.Module]:
@@ -150,7 +182,7 @@ def _check(content: object, path: Path) -> None:
         refuse(f"got a {type(content).__name__}; expected an object")
     if "__" in path.stem:
         refuse("its name has a double underscore, which separates the parts of nnU-Net's result folders; rename it")
-    if missing := sorted(set(_TYPES) - {"configuration", "trainer"} - set(content)):
+    if missing := sorted(set(_TYPES) - _OPTIONAL - set(content)):
         refuse(f"without {', '.join(missing)}")
     if unknown := sorted(set(content) - set(_TYPES)):
         refuse(f"unknown {', '.join(unknown)}; expected {', '.join(_TYPES)}")
@@ -159,7 +191,29 @@ def _check(content: object, path: Path) -> None:
             refuse(f"{key} got {value!r}; expected {_TYPE_NAMES[_TYPES[key]]}")
     if not content["dimensions"] or any(dimension not in (2, 3) for dimension in content["dimensions"]):
         refuse(f"dimensions got {content['dimensions']}; expected [2], [3] or [2, 3]")
-    for key, value in content.get("configuration", {}).items():
+    _check_configuration(content.get("configuration", {}), refuse)
+    if bool(content.get("base")) != bool(content.get("configurations")):
+        refuse("base and configurations belong together; got one of them")
+    for name, entries in content.get("configurations", {}).items():
+        if not isinstance(entries, dict) or "__" in name:
+            refuse(f"configurations got {name}: {entries!r}; expected a name without double underscore, and an object")
+        for key, value in entries.items():
+            if key not in _PART_TYPES:
+                refuse(f"configurations: {name} got {key}; expected {', '.join(_PART_TYPES)}")
+            if not isinstance(value, _PART_TYPES[key]):
+                refuse(f"{name}: {key} got {value!r}; expected {_TYPE_NAMES[_PART_TYPES[key]]}")
+        _check_configuration(entries.get("configuration", {}), refuse)
+        whole = entries.get("whole_volume", {})
+        if whole and set(whole) != set(_WHOLE_VOLUME):
+            refuse(f"{name}: whole_volume got {', '.join(whole)}; expected {' and '.join(_WHOLE_VOLUME)}")
+        for key, value in whole.items():
+            is_valid, expected = _WHOLE_VOLUME[key]
+            if not is_valid(value):
+                refuse(f"{key} got {value!r}; expected {expected}")
+
+
+def _check_configuration(content: dict, refuse: Callable[[str], None]) -> None:
+    for key, value in content.items():
         if key not in CONFIGURATION_KEYS:
             refuse(f"configuration got {key}; expected {', '.join(CONFIGURATION_KEYS)}")
         is_valid, expected = CONFIGURATION_KEYS[key]

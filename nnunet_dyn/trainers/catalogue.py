@@ -24,10 +24,12 @@ _DYNAMIC = tuple(
 )
 _ABLATIONS = ("SpatialOnly", "QuantOnly")
 _MED_DANET = tuple(f"nnUNetTrainerMedDANetV2{ablation}" for ablation in ("", *_ABLATIONS))
+_ROI_CASCADE = ("nnUNetTrainerROICascade", "nnUNetTrainerROICascadeTriPlane")
 FAMILIES: dict[str, tuple[str, ...]] = {
     "nnunet_dyn.trainers.efficient_unet": _EFFICIENT,
     "nnunet_dyn.trainers.dynamic_convs": _DYNAMIC,
     "nnunet_dyn.trainers.med_danet": _MED_DANET,
+    "nnunet_dyn.trainers.roi_cascade": _ROI_CASCADE,
 }
 
 # nnU-Net's own trainer gets lengths too, so that a baseline can be trained exactly as long.
@@ -45,6 +47,8 @@ def trainer_names() -> list[str]:
 
 def template_name(name: str) -> str:
     """The plans template whose network the trainer called ``name``, a base name, trains."""
+    if name in _ROI_CASCADE:
+        return "roi_cascade"
     for variant in ("_ImageNet", *_ABLATIONS):
         name = name.removesuffix(variant)
     return name.removeprefix(STOCK).lower()

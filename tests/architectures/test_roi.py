@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from nnunet_dyn.architectures.roi import (
+    SPECKLE,
     Detection,
     enlarge,
     jitter,
@@ -113,6 +114,12 @@ def test_merging_goes_on_until_nothing_overlaps():
     assert merge(boxes) == [((0, 10), (0, 10))]
     assert merge([((0, 2),), ((2, 4),)]) == [((0, 2),), ((2, 4),)]
     assert merge([]) == []
+
+
+def test_speckle_is_merged_soon():
+    near = [((2 * i, 2 * i + 2), (0, 1)) for i in range(SPECKLE + 1)]
+    assert merge([*near, ((0, 1), (40, 50))]) == [((0, 2 * SPECKLE + 2), (0, 1)), ((0, 1), (40, 50))]
+    assert len(merge(near[:SPECKLE])) == SPECKLE
 
 
 def test_enlarged_boxes_stay_inside():

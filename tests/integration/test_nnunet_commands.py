@@ -1,14 +1,11 @@
 """nnU-Net's own commands, from planning to a model that another machine can install, with this package's trainers."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import SimpleITK as sitk
 import torch
+from workspace import Workspace
 
 from nnunet_dyn.demo import generate_dataset
 
@@ -16,34 +13,9 @@ TRAINER = "nnUNetTrainerEffV2S_2epochs_2iters"
 DATASET = "Dataset999_SyntheticCT"
 
 
-class Workspace:
-    """nnU-Net's three folders and its commands."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        # nnU-Net's eight export processes, and threads that wait by spinning, take most of the time on two cores.
-        few = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
-        self.environment = {**os.environ, **few}
-        for kind in ("raw", "preprocessed", "results"):
-            (folder / kind).mkdir()
-            self.environment[f"nnUNet_{kind}"] = str(folder / kind)
-
-    def run(self, command: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
-        program = Path(sys.executable).with_name(command)
-        assert program.exists(), f"{command} is not installed beside {sys.executable}"
-        done = subprocess.run(
-            [program, *map(str, arguments)], env=self.environment, capture_output=True, text=True, timeout=900
-        )
-        assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return done
-
-    def model(self, configuration: str, trainer: str = TRAINER, plans: str = "nnUNetPlans") -> Path:
-        return self.folder / "results" / DATASET / f"{trainer}__{plans}__{configuration}"
-
-
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> Workspace:
-    space = Workspace(tmp_path_factory.mktemp("nnunet"))
+    space = Workspace(tmp_path_factory.mktemp("nnunet"), DATASET)
     raw = generate_dataset(space.folder / "raw", n_train=4, n_test=1, size=(24, 32, 32))
     space.raw = raw
     space.run("nnUNetv2_plan_and_preprocess", "-d", 999, "-c", "2d", "3d_fullres", "-np", 1, "-npfp", 1)
@@ -61,7 +33,7 @@ def trained(workspace) -> Workspace:
 
 
 def test_training_leaves_an_ordinary_model(trained):
-    model = trained.model("3d_fullres")
+    model = trained.model("3d_fullres", TRAINER)
     assert {path.name for path in model.iterdir()} >= {"plans.json", "dataset.json", "fold_0"}
     fold = model / "fold_0"
     assert (fold / "checkpoint_final.pth").exists() and (fold / "progress.png").exists()
@@ -137,7 +109,9 @@ def test_find_best_configuration_and_move_the_model(trained, tmp_path):
         trained.run("nnUNetv2_install_pretrained_model_from_zip", archive)
     finally:
         trained.environment["nnUNet_results"] = here
-    assert (elsewhere / DATASET / trained.model("3d_fullres").name / "fold_0" / "checkpoint_final.pth").exists()
+    assert (
+        elsewhere / DATASET / trained.model("3d_fullres", TRAINER).name / "fold_0" / "checkpoint_final.pth"
+    ).exists()
 
 
 def test_derived_configurations_train_with_nnunets_own_trainer(workspace, tmp_path):

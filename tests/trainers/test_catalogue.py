@@ -15,6 +15,7 @@ CONTRACT = [
     *(f"nnUNetTrainerMAGIC{kernels}x" for kernels in (1, 2, 4)),
     *(f"nnUNetTrainer{peer}" for peer in ("DYConv4x", "CondConv8x", "ODConv4x", "DCD", "DDConv")),
     *(f"nnUNetTrainerMedDANetV2{ablation}" for ablation in ("", "SpatialOnly", "QuantOnly")),
+    *(f"nnUNetTrainerROICascade{detector}" for detector in ("", "TriPlane")),
 ]
 
 
@@ -23,7 +24,7 @@ def get(name):
 
 
 def test_every_promised_name_exists():
-    assert len(CONTRACT) == 34 and set(CONTRACT) <= set(trainer_names())
+    assert len(CONTRACT) == 36 and set(CONTRACT) <= set(trainer_names())
     assert {name.removesuffix("_ImageNet") for name in trainer_names()} == set(CONTRACT)
     assert all("__" not in name for name in trainer_names())  # nnU-Net splits result folders there
 

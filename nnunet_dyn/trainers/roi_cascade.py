@@ -1,0 +1,471 @@
+"""Trainers for the cascade of a detector and a segmentor of its regions of interest. ``docs/roi_cascade.md``."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from pydoc import locate
+from typing import ClassVar
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
+from batchgeneratorsv2.transforms.nnunet.remove_connected_components import (
+    RemoveRandomConnectedComponentFromOneHotEncodingTransform,
+)
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+from nnunetv2.training.dataloading.nnunet_dataset import (
+    infer_dataset_class,
+    nnUNetBaseDataset,
+    nnUNetDatasetBlosc2,
+    nnUNetDatasetNumpy,
+)
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_dyn.architectures.roi import (
+    Box,
+    DetectorNetwork,
+    component_boxes,
+    connected_targets,
+    jitter,
+    label_boxes,
+    volume,
+)
+from nnunet_dyn.architectures.roi_detectors import LowResDetector
+from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
+from nnunet_dyn.errors import JobError
+from nnunet_dyn.planning import build_network
+from nnunet_dyn.safety import BoxCalibration, BoxEvidence
+from nnunet_dyn.trainers.base import DynTrainer
+
+#: The paper's detector, for the plans that name the default one.
+TRI_PLANE = "nnunet_dyn.architectures.triplane.TriPlaneDetector"
+#: What each trainer puts in the place of the default detector.
+DETECTORS: dict[str, str | None] = {"nnUNetTrainerROICascade": None, "nnUNetTrainerROICascadeTriPlane": TRI_PLANE}
+
+#: Which parameters get a gradient depends on the ROIs of each process; validation runs a different number of them.
+DISTRIBUTED = {"find_unused_parameters": True, "broadcast_buffers": False}
+
+#: Scores that calibration may ask of a detection. What is less sure than the last is noise.
+SCORES = (0.5, 0.3, 0.2, 0.1, 0.05)
+#: The margin of boxes that are not calibrated; their score is the lowest one.
+_SAFE_MARGIN = 4
+
+
+def build_roi_cascade(
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    num_input_channels: int,
+    num_output_channels: int,
+    enable_deep_supervision: bool = True,
+    *,
+    detector: str | None,
+) -> DetectorNetwork | ROISegmentor:
+    """Build the detector or the segmentor, whichever the configuration names.
+
+    Args:
+        detector: dotted path of the detector that takes the place of the default one.
+
+    Raises:
+        ValueError: a configuration of another network.
+    """
+    architecture = configuration_manager.configuration["architecture"]
+    network_class = _network_class(configuration_manager)
+    if issubclass(network_class, ROISegmentor):
+        return build_network(
+            architecture, num_input_channels, num_output_channels, deep_supervision=enable_deep_supervision
+        )
+    if not issubclass(network_class, DetectorNetwork):
+        raise ValueError(
+            f"{plans_manager.plans_name}: got the trainer of the ROI cascade for a configuration of "
+            f"{architecture['network_class_name']}; expected 3d_detect or 3d_roi. Make them with 'nnunet_dyn plan -t "
+            "roi_cascade'."
+        )
+    if detector is not None and network_class is LowResDetector:
+        patch = list(configuration_manager.patch_size)
+        architecture = {
+            "network_class_name": detector,
+            "arch_kwargs": {"patch_size": patch},
+            "_kw_requires_import": [],
+        }
+    return build_network(architecture, num_input_channels, num_output_channels, deep_supervision=False)
+
+
+def _network_class(configuration_manager: ConfigurationManager) -> type[nn.Module]:
+    found = locate(configuration_manager.network_arch_class_name)
+    return found if isinstance(found, type) else nn.Module
+
+
+class _GateDataset(nnUNetBaseDataset):
+    """nnU-Net's data set whose previous stage is the detector's boxes, or those of the labels.
+
+    Attributes:
+        boxes: of each case's labels. Without them a case that the detector has not predicted cannot be loaded, as
+            validation wants it, where boxes of the labels would tell the truth.
+        is_switched: a value shared with worker processes; until it is true, the labels' boxes are taken even where
+            the detector's exist. ``None`` takes the detector's wherever they are.
+        host: nnU-Net's class for the same files.
+    """
+
+    host: ClassVar[type[nnUNetBaseDataset]]
+    boxes: Mapping[str, Mapping[int, Sequence[Box]]] | None = None
+    is_switched = None
+
+    def has_prediction(self, identifier: str) -> bool:
+        """Whether the detector has predicted this case."""
+        folder = self.folder_with_segs_from_previous_stage
+        return any(os.path.isfile(os.path.join(folder, identifier + ending)) for ending in (".b2nd", ".npz", ".npy"))
+
+    def load_case(self, identifier: str):
+        """As nnU-Net's; the previous stage is ``(*spatial)``, labels in boxes, jittered if they are the labels' own."""
+        waits = self.is_switched is not None and not self.is_switched.value
+        if self.boxes is None or (self.has_prediction(identifier) and not waits):
+            return super().load_case(identifier)
+        data, seg, _, properties = self.host(self.source_folder, [identifier]).load_case(identifier)
+        shape = data.shape[1:]
+        rng = np.random.default_rng(np.random.randint(2**31))  # nnU-Net seeds each worker's own
+        moved = [(label, jitter(box, shape, rng)) for label, boxes in self.boxes[identifier].items() for box in boxes]
+        gate = np.zeros(shape, np.uint8 if max(self.boxes[identifier], default=0) < 256 else np.int16)
+        for label, box in sorted(moved, key=lambda pair: -volume(pair[1])):
+            gate[tuple(slice(*axis) for axis in box)] = label
+        return data, seg, gate, properties
+
+
+class GateDatasetBlosc2(_GateDataset, nnUNetDatasetBlosc2):
+    """For data that nnU-Net has stored by Blosc2."""
+
+    host = nnUNetDatasetBlosc2
+
+
+class GateDatasetNumpy(_GateDataset, nnUNetDatasetNumpy):
+    """For data that nnU-Net has stored by NumPy."""
+
+    host = nnUNetDatasetNumpy
+
+
+class ROICascadeTrainer(DynTrainer):
+    """Trains the detector (``3d_detect``), then the segmentor of its boxes (``3d_roi``); the plans say which.
+
+    The segmentor learns on boxes of the labels, moved and resized at random, so that it need not wait for the detector.
+    For the last epochs it takes the detector's boxes, if those of every case are there.
+
+    Attributes:
+        min_coverage: share of the voxels of every class that the detector's boxes must hold.
+        min_component: components of this many voxels or more must not be outside them whole.
+        fine_tuning: share of the epochs in which the segmentor sees the detector's boxes.
+        detector_lr: of AdamW, with nnU-Net's polynomial decay. The paper has 1e-3 to 2e-3 (Section 4.6).
+    """
+
+    min_coverage: ClassVar[float] = 0.995
+    min_component: ClassVar[int] = 10
+    fine_tuning: ClassVar[float] = 0.2
+    detector_lr: ClassVar[float] = 2e-3
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net reads this signature
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.is_detector = issubclass(_network_class(self.configuration_manager), DetectorNetwork)
+        if self.is_detector:
+            self.enable_deep_supervision = False
+            self.oversample_foreground_percent = 0.0  # it would move the volume, which fills the patch, out of it
+            self.initial_lr = self.detector_lr
+        self._is_switched = multiprocessing.Value("b", 0)
+
+    # --- set-up ---
+
+    @property
+    def module(self) -> DetectorNetwork | ROISegmentor:
+        return self.network.module if self.is_ddp else self.network
+
+    def initialize(self) -> None:
+        super().initialize()
+        manager = self.label_manager
+        if self.is_detector:
+            self.module.set_labels(manager.has_regions, manager.ignore_label)
+            self._take_safe_boxes()
+            self.loss = self._detector_loss
+        else:
+            self.module.set_regions(manager.has_regions)
+            is_blosc2 = issubclass(infer_dataset_class(self.preprocessed_dataset_folder), nnUNetDatasetBlosc2)
+            self.dataset_class = GateDatasetBlosc2 if is_blosc2 else GateDatasetNumpy
+        if self.is_ddp:
+            options = DISTRIBUTED | {"find_unused_parameters": not self.is_detector}
+            self.network = DistributedDataParallel(self.module, device_ids=[self.local_rank], **options)
+
+    def _do_i_compile(self) -> bool:
+        return False  # what runs depends on the data
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        if not self.is_detector:
+            super().set_deep_supervision_enabled(enabled)
+
+    def configure_optimizers(self):
+        if not self.is_detector:
+            return super().configure_optimizers()
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
+        found = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        if self.is_detector:
+            self.inference_allowed_mirroring_axes = None  # boxes are not averaged, and one pass has calibrated margins
+        return found
+
+    @staticmethod
+    def get_training_transforms(*args, **kwargs):
+        """nnU-Net's, without those that erode the previous stage's segmentation or remove its components."""
+        transforms = DynTrainer.get_training_transforms(*args, **kwargs)
+        left_out = (ApplyRandomBinaryOperatorTransform, RemoveRandomConnectedComponentFromOneHotEncodingTransform)
+        transforms.transforms = [
+            one
+            for one in transforms.transforms
+            if not (isinstance(one, RandomTransform) and isinstance(one.transform, left_out))
+        ]
+        return transforms
+
+    # --- detector ---
+
+    def _detector_loss(self, output: dict | torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if isinstance(output, dict):
+            return self.module.loss(output, target)
+        return output.new_zeros(())  # of rendered boxes; validation_step has the detector's own
+
+    def train_step(self, batch: dict) -> dict:
+        if self.is_detector:
+            self.module.give_masks(batch["target"].to(self.device, non_blocking=True))
+        return super().train_step(batch)
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        if self.is_detector:
+            self._set_boxes(0.5, [0] * len(self.module.margin))
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        super().on_validation_epoch_end(val_outputs)
+        if self.is_detector:
+            self._take_safe_boxes()
+
+    def validation_step(self, batch: dict) -> dict:
+        """For a detector the pseudo Dice is that of its boxes."""
+        if not self.is_detector:
+            return super().validation_step(batch)
+        data, target = (batch[key].to(self.device, non_blocking=True) for key in ("data", "target"))
+        with self._autocast():
+            loss = self.module.loss(self.module.raw(data), target)
+        return super().validation_step(batch) | {"loss": loss.detach().cpu().numpy()}
+
+    def _autocast(self):
+        return torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context()
+
+    def on_train_end(self) -> None:
+        if self.is_detector:
+            try:
+                self._calibrate_and_report()
+            except Exception as error:  # a training of days must be saved whatever fails here
+                self._take_safe_boxes()
+                self.print_to_log_file(
+                    f"Calibration failed, the boxes are taken from a score of {SCORES[-1]} on with a margin of "
+                    f"{_SAFE_MARGIN} voxels: {error!r}"
+                )
+        super().on_train_end()
+
+    def _set_boxes(self, score_threshold: float, margin: Sequence[int]) -> None:
+        network = self.module
+        network.score_threshold.fill_(score_threshold)
+        network.margin.copy_(torch.tensor(margin))
+
+    def _take_safe_boxes(self) -> None:
+        """A checkpoint that is not calibrated takes too much rather than too little."""
+        self._set_boxes(SCORES[-1], [_SAFE_MARGIN] * len(self.module.margin))
+
+    def _calibrate_and_report(self) -> None:
+        calibration = self.calibrate()
+        self.print_to_log_file(calibration)
+        if self.fold == "all":
+            self.print_to_log_file("Fold all has no cases of its own for this: expect less on new ones.")
+        if self.local_rank == 0:
+            text = json.dumps(calibration.to_json(), indent=1, allow_nan=False)
+            Path(self.output_folder, "calibration.json").write_text(text, encoding="utf-8")
+
+    @torch.no_grad()
+    def calibrate(self) -> BoxCalibration:
+        """Set the detector's score and margin on the validation cases, as ``nnUNetv2_predict`` would tile them.
+
+        Raises:
+            RuntimeError: it failed; under DDP in every process, so that none waits for another.
+        """
+        self.module.eval()
+        found: list[BoxCalibration | str | None] = [None]
+        if self.local_rank == 0:
+            try:
+                found[0] = self._find_margin()
+            except Exception as error:
+                if not self.is_ddp:
+                    raise
+                found[0] = repr(error)
+        if self.is_ddp:
+            dist.broadcast_object_list(found)
+        if isinstance(found[0], str):
+            raise RuntimeError(f"The first process got {found[0]}; expected a margin. See its log.")
+        self._set_boxes(found[0].score_threshold, found[0].margin)
+        return found[0]
+
+    def _find_margin(self) -> BoxCalibration:
+        _, keys = self.do_split()
+        dataset, evidence = self.dataset_class(self.preprocessed_dataset_folder, keys), BoxEvidence()
+        manager = self.label_manager
+        classes = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+        fine = self._next_stage(keys)
+        with self._autocast():
+            for key in dataset.identifiers:
+                data, segmentation, _, _ = dataset.load_case(key)
+                shape = data.shape[1:]
+                labels = np.asarray((segmentation if fine is None else fine.load_case(key)[1])[0])
+                boxes = self._boxes(torch.from_numpy(np.asarray(data[:])))
+                targets, tight = [], []
+                for entry in classes:
+                    components, corner = connected_targets(np.isin(labels, entry))
+                    targets.append((str(entry), components, corner))
+                    tight += [_scaled(box, labels.shape, shape) for box in component_boxes(components, corner)]
+                evidence.add_case(key, shape, labels.shape, targets, boxes, tight)
+        return evidence.calibrate([str(entry) for entry in classes], self.min_coverage, self.min_component)
+
+    def _next_stage(self, keys: Sequence[str]) -> nnUNetBaseDataset | None:
+        """The cases on the grid that will be segmented, or ``None`` where they are not all there."""
+        name = (self.configuration_manager.next_stage_names or [None])[0]
+        if name is None:
+            return None
+        identifier = self.plans_manager.get_configuration(name).data_identifier
+        folder = os.path.join(self.preprocessed_dataset_folder_base, identifier)
+        if not os.path.isdir(folder):
+            return None
+        dataset = infer_dataset_class(folder)(folder)
+        if set(keys) <= set(dataset.identifiers):
+            return dataset
+        self.print_to_log_file(f"{name} has not all cases preprocessed: calibrating on the detector's own grid.")
+        return None
+
+    def _boxes(self, data: torch.Tensor) -> dict[float, list[Box]]:
+        """The detector's boxes of a case, ``(C, *spatial)``, by the score they reach, in any tile of it."""
+        network, patch = self.module, tuple(self.configuration_manager.patch_size)
+        padded, revert = pad_nd_image(data.float(), patch, "constant", {"value": 0}, True)
+        before = [part.start for part in revert[1:]]
+        boxes: dict[float, list[Box]] = {score: [] for score in SCORES}
+        for corner in product(*compute_steps_for_sliding_window(padded.shape[1:], patch, 0.5)):
+            window = tuple(slice(start, start + size) for start, size in zip(corner, patch, strict=True))
+            tile = padded[(slice(None), *window)][None].to(self.device)
+            for score in SCORES:
+                network.score_threshold.fill_(score)
+                for found in network.detect(tile)[0].values():
+                    for one in found:
+                        box = tuple(
+                            (max(0, start + at - pad), min(size, stop + at - pad))
+                            for (start, stop), at, pad, size in zip(
+                                one.box, corner, before, data.shape[1:], strict=True
+                            )
+                        )
+                        if all(start < stop for start, stop in box):
+                            boxes[score].append(box)
+        return boxes
+
+    # --- segmentor ---
+
+    def get_tr_and_val_datasets(self):
+        training, validation = super().get_tr_and_val_datasets()
+        if not self.is_detector:
+            keys = sorted({*training.identifiers, *validation.identifiers})
+            training.boxes = validation.boxes = self._label_boxes(keys)
+            training.is_switched = self._is_switched
+        return training, validation
+
+    def _label_boxes(self, keys: Sequence[str]) -> dict[str, dict[int, list[Box]]]:
+        """The boxes of the labels of every case, kept beside the results; the data folder has nothing but data."""
+        path = Path(self.output_folder_base, "label_boxes.json")
+        stored = json.loads(path.read_text()) if path.is_file() else {}
+        folder = self.preprocessed_dataset_folder
+        stamps = {key: os.path.getmtime(os.path.join(folder, f"{key}.pkl")) for key in keys}
+        missing = [key for key in keys if stored.get(key, {}).get("stamp") != stamps[key]]
+        if missing:
+            self.print_to_log_file(f"Finding the boxes of the labels of {len(missing)} cases")
+            dataset = infer_dataset_class(folder)(folder, list(missing))
+            for key in missing:
+                labels = np.asarray(dataset.load_case(key)[1][0])
+                stored[key] = {"stamp": stamps[key], "boxes": label_boxes(labels, self.label_manager.foreground_labels)}
+            written = path.with_suffix(f".{os.getpid()}.tmp")
+            written.write_text(json.dumps(stored))
+            os.replace(written, path)  # other folds may read and write it at the same time
+        return {
+            key: {
+                int(label): [tuple(map(tuple, box)) for box in found] for label, found in stored[key]["boxes"].items()
+            }
+            for key in keys
+        }
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self.is_detector or self.current_epoch < int((1 - self.fine_tuning) * self.num_epochs):
+            return
+        if not self._is_switched.value:
+            dataset = self.dataset_class(
+                self.preprocessed_dataset_folder, self.do_split()[0], self.folder_with_segs_from_previous_stage
+            )
+            missing = [key for key in dataset.identifiers if not dataset.has_prediction(key)]
+            if not missing:
+                self._is_switched.value = 1
+                self.print_to_log_file("Fine-tuning on the boxes of the detector, which stays as it is.")
+            elif self.current_epoch == int((1 - self.fine_tuning) * self.num_epochs):
+                self.print_to_log_file(
+                    f"The detector has not predicted {len(missing)} of {len(dataset.identifiers)} training cases, so "
+                    "the boxes of the labels go on. Train 3d_detect on every fold first to fine-tune on its boxes."
+                )
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's, on the detector's boxes.
+
+        Raises:
+            JobError: the detector has not predicted all validation cases. Boxes of the labels would tell the truth.
+        """
+        if not self.is_detector:
+            dataset = self.dataset_class(
+                self.preprocessed_dataset_folder, self.do_split()[1], self.folder_with_segs_from_previous_stage
+            )
+            missing = [key for key in dataset.identifiers if not dataset.has_prediction(key)]
+            if missing:
+                raise JobError(
+                    f"Validation got no boxes of the detector for {len(missing)} of {len(dataset.identifiers)} cases, "
+                    f"such as {missing[0]}; expected them in {self.folder_with_segs_from_previous_stage}. Train "
+                    f"{self.configuration_manager.previous_stage_name} on fold {self.fold} with -tr "
+                    f"{type(self).__name__}, then run this command again with --val."
+                )
+        super().perform_actual_validation(save_probabilities)
+
+
+def _scaled(box: Box, shape: Sequence[int], to: Sequence[int]) -> Box:
+    """``box`` of a grid of ``shape`` on one of ``to`` voxels, rounded outwards."""
+    return tuple(
+        (start * new // old, -(-stop * new // old)) for (start, stop), old, new in zip(box, shape, to, strict=True)
+    )
+
+
+def make_trainer(name: str) -> tuple[type, dict]:
+    """The base class and the members of the trainer called ``name``, a name of this family in the catalogue."""
+    build = partial(build_roi_cascade, detector=DETECTORS[name])
+    return ROICascadeTrainer, {"build_network_architecture": staticmethod(build)}

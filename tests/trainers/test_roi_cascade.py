@@ -1,0 +1,318 @@
+"""The trainer of the ROI cascade, on a small data set as nnU-Net leaves it after preprocessing."""
+
+import json
+import multiprocessing
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from plans import plans_manager
+from training import LABELS, steps, trainer_class
+
+from nnunet_dyn.architectures.roi import Detection
+from nnunet_dyn.architectures.roi_detectors import LowResDetector
+from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
+from nnunet_dyn.architectures.triplane import TriPlaneDetector
+from nnunet_dyn.errors import JobError
+from nnunet_dyn.planning import derived_architecture
+from nnunet_dyn.plans_templates import load_template
+from nnunet_dyn.trainers import roi_cascade
+from nnunet_dyn.trainers.roi_cascade import GateDatasetBlosc2
+
+NAME = "nnUNetTrainerROICascade_5epochs_2iters"
+CASES = ("case_0", "case_1", "case_2")
+SHAPE = (20, 24, 20)
+# In the volume of the segmentor; the detector's has half as many voxels per axis.
+BOXES = {1: (slice(2, 8), slice(4, 12), slice(4, 10)), 2: (slice(14, 18), slice(16, 22), slice(10, 16))}
+
+
+def cascade_plans() -> dict:
+    """What ``nnunet_dyn plan -t roi_cascade`` makes of a configuration with patches of 16 voxels."""
+    made = plans_manager(3, [16] * 3, n_stages=3, features=(4, 6, 8)).plans
+    base = made["configurations"]["3d_fullres"]
+    base["data_identifier"] = "full"
+    parts = load_template("roi_cascade").parts
+    for name, patch in (("3d_detect", [12, 12, 12]), ("3d_roi", [16, 16, 16])):
+        made["configurations"][name] = {
+            "inherits_from": "3d_fullres",
+            "patch_size": patch,
+            "architecture": derived_architecture(parts[name], base["architecture"], patch, 1),
+            **parts[name].configuration,
+        }
+    made["configurations"]["3d_detect"] |= {"data_identifier": "low", "spacing": [2.0] * 3}
+    made["configurations"]["3d_detect"]["architecture"]["arch_kwargs"] |= {"base_features": 8, "pyramid": 8}
+    return made
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """A factory of trainers for one of the two configurations."""
+    for kind in ("preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{kind}", str(tmp_path / kind))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    torch.set_num_threads(1)
+    base, rng = tmp_path / "preprocessed" / "Dataset999_Test", np.random.default_rng(0)
+    for folder, step in (("full", 1), ("low", 2)):
+        (base / folder).mkdir(parents=True)
+        for case in CASES:
+            segmentation = np.zeros((1, *SHAPE), np.int16)
+            for label, part in BOXES.items():
+                segmentation[(0, *part)] = label
+            segmentation = segmentation[:, ::step, ::step, ::step]
+            image = (segmentation + rng.normal(0, 0.1, segmentation.shape)).astype(np.float32)
+            locations = {label: np.argwhere(segmentation == label) for label in BOXES}
+            locations[(1, 2)] = np.argwhere(segmentation > 0)
+            blocks = comp_blosc2_params(image.shape, (16,) * 3, image.itemsize)
+            nnUNetDatasetBlosc2.save_case(
+                image, segmentation, {"class_locations": locations}, str(base / folder / case), blocks[1], blocks[0]
+            )
+    (base / "splits_final.json").write_text(json.dumps([{"train": list(CASES[:2]), "val": list(CASES[2:])}]))
+
+    def factory(configuration, labels=LABELS["classes"], name=NAME, fold=0):
+        dataset = {"channel_names": {"0": "CT"}, "numTraining": 3, "file_ending": ".nii.gz", **labels}
+        return trainer_class(name)(
+            json.loads(json.dumps(cascade_plans())) | {"continue_training": False},
+            configuration,
+            fold,
+            dataset,
+            torch.device("cpu"),
+        )
+
+    return factory
+
+
+def predict(trainer, cases):
+    """Write what the detector would have predicted: one box of label 1, elsewhere than the labels' own."""
+    folder = Path(trainer.folder_with_segs_from_previous_stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    boxes = np.zeros(SHAPE, np.uint8)
+    boxes[10:14, 10:14, :4] = 1
+    for case in cases:
+        nnUNetDatasetBlosc2.save_seg(boxes, str(folder / case))
+    return boxes
+
+
+class TestDetector:
+    @pytest.mark.parametrize("labels", ["classes", "regions"])
+    def test_it_trains_and_is_calibrated(self, make, labels):
+        trainer = make("3d_detect", LABELS[labels])
+        assert all(np.isfinite(steps(trainer, 2)))
+        network = trainer.module
+        assert isinstance(network, LowResDetector) and network.has_regions == (labels == "regions")
+        assert trainer.oversample_foreground_percent == 0 and not trainer.enable_deep_supervision
+        assert trainer.inference_allowed_mirroring_axes is None
+        assert isinstance(trainer.optimizer, torch.optim.AdamW)
+        with torch.no_grad():
+            trainer.on_validation_epoch_start()
+            result = trainer.validation_step(next(trainer.dataloader_val))
+            assert trainer.module.margin.tolist() == [0, 0, 0]  # the pseudo Dice is that of the boxes as they are
+            trainer.on_validation_epoch_end([result])
+        assert trainer.module.margin.tolist() == [4, 4, 4]  # what checkpoint_best gets
+        assert result["loss"] > 0 and len(result["tp_hard"]) == 2
+        trainer.on_train_end()
+        written = json.loads(Path(trainer.output_folder, "calibration.json").read_text())
+        checkpoint = torch.load(Path(trainer.output_folder, "checkpoint_final.pth"), weights_only=False)
+        assert checkpoint["network_weights"]["margin"].tolist() == written["margin"]
+        assert float(checkpoint["network_weights"]["score_threshold"]) == pytest.approx(written["score_threshold"])
+        assert checkpoint["inference_allowed_mirroring_axes"] is None
+
+    def test_the_volume_stays_in_the_patch(self, make):
+        """Volumes of 10 × 12 × 10 voxels in a patch of 12: every target is in every sample that is not turned."""
+        trainer = make("3d_detect")
+        trainer.initialize()
+        _, validation = trainer.get_dataloaders()
+        for _ in range(5):
+            assert {1, 2} <= set(next(validation)["target"].unique().tolist())
+
+    def test_calibration_counts_on_the_segmentors_grid(self, make, monkeypatch):
+        """A detector that finds boxes of another size: on its grid label 1 is at 1–4, 2–6, 2–5, label 2 at 7–9, …"""
+        trainer = make("3d_detect")
+        trainer.initialize()
+
+        def detect(network, x):
+            assert x.shape[2:] == (12, 12, 12)
+            # The volume lies one voxel behind the patch's start where it is smaller.
+            sure = Detection(((2, 5), (2, 6), (3, 6)), 0.9)
+            found = [sure] if network.score_threshold > 0.15 else [sure, Detection(((8, 10), (9, 11), (6, 9)), 0.12)]
+            return [{1: found, 2: []}]
+
+        monkeypatch.setattr(LowResDetector, "detect", detect)
+        found = trainer.calibrate()
+        # Label 2, 7–9 × 8–11 × 5–8, is found at a low score only: one voxel is missing on the second axis.
+        assert found.score_threshold == pytest.approx(0.1) and found.is_safe
+        assert found.margin == (0, 1, 0) and found.coverage == {"1": 1.0, "2": 1.0}
+        assert trainer.module.margin.tolist() == [0, 1, 0]
+
+    def test_a_failed_calibration_leaves_safe_boxes(self, make, monkeypatch):
+        trainer = make("3d_detect")
+        trainer.initialize()
+        monkeypatch.setattr(LowResDetector, "detect", lambda *_: 1 / 0)
+        trainer.on_train_end()
+        weights = torch.load(Path(trainer.output_folder, "checkpoint_final.pth"), weights_only=False)["network_weights"]
+        assert weights["margin"].tolist() == [4, 4, 4] and float(weights["score_threshold"]) == pytest.approx(0.05)
+
+    def test_without_the_segmentors_data_its_own_grid_serves(self, make):
+        trainer = make("3d_detect")
+        trainer.initialize()
+        assert trainer._next_stage(list(CASES)).source_folder.endswith("full")
+        os.remove(Path(trainer.preprocessed_dataset_folder_base, "full", "case_2.b2nd"))
+        assert trainer._next_stage(["case_2"]) is None
+        assert trainer.calibrate().cases == 1
+
+
+class TestSegmentor:
+    def test_it_trains_on_boxes_of_labels_before_the_detector_has_run(self, make):
+        trainer = make("3d_roi")
+        assert all(np.isfinite(steps(trainer, 2)))
+        assert isinstance(trainer.module, ROISegmentor) and trainer.module.image_channels == 1
+        batch = next(trainer.dataloader_train)
+        assert batch["data"].shape[1] == 3  # the image, and a channel a class
+        gates = batch["data"][:, 1:]
+        assert set(gates.unique().tolist()) <= {0, 1}
+        dataset = trainer.dataloader_train.data_loader._data
+        drawn = [dataset.load_case("case_0")[2] for _ in range(20)]
+        assert len({gate.tobytes() for gate in drawn}) > 10  # jittered
+        held = np.mean([(gate == label)[part].mean() for gate in drawn for label, part in BOXES.items()])
+        assert held > 0.95
+        assert all(0.03 < (gate > 0).mean() < 0.35 for gate in drawn)
+        path = Path(trainer.output_folder_base, "label_boxes.json")
+        assert set(json.loads(path.read_text())) == set(CASES)
+        assert all("label_boxes" not in name for name in os.listdir(trainer.preprocessed_dataset_folder))
+
+    def test_fine_tuning_on_the_detectors_boxes(self, make):
+        """The switch reaches data sets in other processes; it waits for all training cases."""
+        trainer = make("3d_roi")
+        steps(trainer, 0)
+        boxes = predict(trainer, CASES[:1])
+        dataset = trainer.dataloader_train.data_loader._data
+        trainer.current_epoch = 4
+        trainer.on_train_epoch_start()
+        assert not np.array_equal(dataset.load_case("case_0")[2], boxes)
+        log = Path(trainer.log_file).read_text()
+        assert "has not predicted 1 of 2 training cases" in log
+        predict(trainer, CASES[1:2])
+        trainer.current_epoch = 3
+        trainer.on_train_epoch_start()
+        assert not trainer._is_switched.value
+        context = multiprocessing.get_context("fork")
+        ready, answers = context.Event(), context.Queue()
+
+        def worker():
+            ready.wait(60)
+            answers.put(np.array_equal(dataset.load_case("case_0")[2][:], boxes))
+
+        process = context.Process(target=worker)
+        process.start()
+        trainer.current_epoch = 4
+        trainer.on_train_epoch_start()
+        ready.set()
+        assert answers.get(timeout=60) is True
+        process.join()
+        assert np.array_equal(dataset.load_case("case_1")[2][:], boxes)
+
+    def test_validation_cases_take_the_detectors_boxes_at_once(self, make):
+        trainer = make("3d_roi")
+        trainer.initialize()
+        boxes = predict(trainer, CASES[2:])
+        _, validation = trainer.get_tr_and_val_datasets()
+        assert np.array_equal(validation.load_case("case_2")[2][:], boxes)
+
+    def test_final_validation_never_sees_boxes_of_labels(self, make):
+        trainer = make("3d_roi")
+        trainer.initialize()
+        with pytest.raises(JobError, match=r"no boxes of the detector for 1 of 1 cases, such as case_2; .* with --val"):
+            trainer.perform_actual_validation()
+        # What nnU-Net's validation would load by itself.
+        bare = trainer.dataset_class(
+            trainer.preprocessed_dataset_folder, ["case_2"], trainer.folder_with_segs_from_previous_stage
+        )
+        with pytest.raises(FileNotFoundError):
+            bare.load_case("case_2")
+
+    def test_gates_are_neither_eroded_nor_removed(self, make):
+        trainer = make("3d_roi")
+        trainer.initialize()
+        arguments = ((16, 16, 16), (-0.1, 0.1), None, (0, 1, 2), False)
+        options = {"use_mask_for_norm": [False], "is_cascaded": True, "foreground_labels": [1, 2]}
+        ours = trainer.get_training_transforms(*arguments, **options).transforms
+        stock = nnUNetTrainer.get_training_transforms(*arguments, **options).transforms
+        names = [[type(getattr(one, "transform", one)).__name__ for one in made] for made in (stock, ours)]
+        left_out = [name for name in names[0] if name not in names[1]]
+        assert left_out == [
+            "ApplyRandomBinaryOperatorTransform",
+            "RemoveRandomConnectedComponentFromOneHotEncodingTransform",
+        ]
+        assert len(ours) == len(stock) - 2 and any(isinstance(one, RandomTransform) for one in ours)
+
+    def test_regions_and_deep_supervision(self, make):
+        trainer = make("3d_roi", LABELS["regions"])
+        assert all(np.isfinite(steps(trainer, 1)))
+        assert bool(trainer.module.labels.seg_layers.are_regions) and trainer.module.decoder.deep_supervision
+        trainer.set_deep_supervision_enabled(False)
+        assert not trainer.module.decoder.deep_supervision
+
+    def test_boxes_of_changed_data_are_found_anew(self, make):
+        trainer = make("3d_roi")
+        trainer.initialize()
+        first = trainer._label_boxes(["case_0"])
+        assert first == {"case_0": {label: [tuple((p.start, p.stop) for p in part)] for label, part in BOXES.items()}}
+        path = Path(trainer.output_folder_base, "label_boxes.json")
+        path.write_text(path.read_text().replace("[2, 8]", "[0, 20]"))
+        assert trainer._label_boxes(["case_0"])["case_0"][1][0][0] == (0, 20)
+        os.utime(Path(trainer.preprocessed_dataset_folder, "case_0.pkl"), (1, 1))
+        assert trainer._label_boxes(["case_0"]) == first
+
+
+def test_data_sets_travel_to_workers():
+    assert pickle.loads(pickle.dumps(GateDatasetBlosc2)) is GateDatasetBlosc2
+
+
+def test_both_stages_look_for_each_other_under_the_same_name(make):
+    detect, roi = make("3d_detect"), make("3d_roi")
+    expected = Path(detect.output_folder_base, "predicted_next_stage", "3d_roi")
+    assert Path(roi.folder_with_segs_from_previous_stage) == expected
+
+
+def test_the_wrong_configuration_or_trainer(make):
+    with pytest.raises(ValueError, match=r"expected 3d_detect or 3d_roi\. Make them with 'nnunet_dyn plan -t"):
+        make("3d_fullres").initialize()
+    for configuration in ("3d_detect", "3d_roi"):
+        trainer = make(configuration, name="nnUNetTrainerEffB0")
+        with pytest.raises(ValueError, match=r"Train with -tr nnUNetTrainerROICascade\."):
+            trainer.initialize()
+
+
+def test_resuming_keeps_the_calibration(make, tmp_path):
+    trainer = make("3d_detect")
+    trainer.initialize()
+    trainer._set_boxes(0.2, [1, 2, 3])
+    trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
+    again = make("3d_detect")
+    again.load_checkpoint(str(tmp_path / "checkpoint.pth"))
+    assert again.module.margin.tolist() == [1, 2, 3]
+    assert float(again.module.score_threshold) == pytest.approx(0.2)
+
+
+def test_the_papers_detector_takes_the_defaults_place(make, monkeypatch):
+    """On the same plans; it sees the segmentation of the batches that it learns from."""
+    trainer = make("3d_detect", name="nnUNetTrainerROICascadeTriPlane_1epochs_1iters")
+    small = {"size": 32, "stages": 2, "width": 32, "hidden": 32, "backbone": "resnet18"}
+    original = roi_cascade.build_network
+
+    def build(architecture, *arguments, **options):
+        assert architecture["network_class_name"] == roi_cascade.TRI_PLANE
+        return original(architecture | {"arch_kwargs": architecture["arch_kwargs"] | small}, *arguments, **options)
+
+    monkeypatch.setattr(roi_cascade, "build_network", build)
+    monkeypatch.setattr(roi_cascade, "SCORES", (0.5,))
+    seen = []
+    monkeypatch.setattr(TriPlaneDetector, "give_masks", lambda self, target: seen.append(target.shape))
+    assert np.isfinite(steps(trainer, 1)).all()
+    assert isinstance(trainer.module, TriPlaneDetector) and seen == [(2, 1, 12, 12, 12)]
+    assert trainer.calibrate().cases == 1
