@@ -191,10 +191,10 @@ def test_a_model_that_loses_too_much_is_not_written_unless_forced(model, tmp_pat
 
 def test_layers_that_lose_most_are_put_back(model, tmp_path, capsys):
     output = tmp_path / "exported"
-    assert export(model, output, "--precision", "int8", "--calibration-cases", 1, "--max-dice-drop", 0.02) == 0
-    assert "looking for the layers that lose most" in capsys.readouterr().err
+    assert export(model, output, "--precision", "int8", "--calibration-cases", 1, "--max-dice-drop", 0.05) == 0
+    assert "putting the layers back that lose most" in capsys.readouterr().err
     (found,) = manifest_of(output)["accuracy"]
-    assert found["layers_put_back"] and found["dice_drop"] <= 0.02
+    assert found["layers_put_back"] and found["dice_drop"] <= 0.05
     assert 'type="FakeQuantize"' in (output / "fold_0.xml").read_text(), "not all of them"
 
 
@@ -232,9 +232,8 @@ def test_bad_usage_is_one_line(model, tmp_path, capsys, flags, expected):
 def test_an_exported_model_is_replaced_only_when_asked(model, copy, capsys):
     assert export(model, copy, "--precision", "bf16") == 2
     assert "or --overwrite" in capsys.readouterr().err and manifest_of(copy)["precision"] == "int8"
-    assert (
-        export(model, copy, "--precision", "bf16", "--overwrite", "--validation-cases", 1, "--max-dice-drop", 0.2) == 0
-    )
+    allowed = ["--validation-cases", 1, "--max-dice-drop", 0.2]
+    assert export(model, copy, "--precision", "bf16", "--overwrite", *allowed) == 0
     assert manifest_of(copy)["precision"] == "bf16" and not partial(copy.parent)
     assert Predictor.from_folder(copy).engine.precision == "bf16"
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nnunet_dyn.errors import JobError, UsageError
-from nnunet_dyn.inference.engines import Engine, check_installed
+from nnunet_dyn.inference.engines import Engine, available_cores, check_installed
 from nnunet_dyn.inference.model_folder import Model
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def quantise(
                 model,
                 calibration,
                 nncf.Dataset(list(patches)),
-                lambda candidate, _: float(score(_runner(candidate))),
+                lambda candidate, _: float(score(runner(candidate))),
                 max_drop=max_drop,
                 drop_type=nncf.DropType.ABSOLUTE,
                 **options,
@@ -122,6 +122,20 @@ def quantise(
             f"NNCF cannot quantise the network: {type(error).__name__}: {' '.join(str(error).split())[:300]}. Take "
             "another engine, or fp32."
         ) from error
+
+
+def runner(model: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """From a (1, C, *patch) patch to its logits, by ``model``: of OpenVINO, compiled or not, or of ONNX."""
+    if not _is_onnx(model):
+        from nnunet_dyn.inference.openvino_engine import compiled
+
+        # NNCF hands over a wrapper of a compiled model.
+        ready = compiled(model, "fp32", available_cores()) if hasattr(model, "get_ordered_ops") else model
+        return lambda patch: ready(patch)[0]
+    from nnunet_dyn.inference.onnxruntime_engine import session
+
+    ready = session(model.SerializeToString(), threads=0)  # its own default
+    return lambda patch: ready.run(None, {ready.get_inputs()[0].name: patch})[0]
 
 
 def converted_engine(model: Model, engine: str, precision: str, threads: int | None) -> Engine:
@@ -225,16 +239,6 @@ def _layers_of_onnx(model: onnx.ModelProto) -> list[_Layer]:
 
 def _is_onnx(model: Any) -> bool:
     return hasattr(model, "SerializeToString")
-
-
-def _runner(candidate: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """Logits of a patch, by what NNCF hands over: a compiled model of OpenVINO, or an ONNX model."""
-    if not _is_onnx(candidate):
-        return lambda patch: candidate(patch)[0]
-    from nnunet_dyn.inference.onnxruntime_engine import session
-
-    ready = session(candidate.SerializeToString(), threads=0)  # its own default
-    return lambda patch: ready.run(None, {ready.get_inputs()[0].name: patch})[0]
 
 
 @contextmanager

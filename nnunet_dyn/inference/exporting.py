@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from pathlib import Path
@@ -22,12 +21,12 @@ from torch import nn
 
 from nnunet_dyn import __version__
 from nnunet_dyn.errors import JobError, UsageError
-from nnunet_dyn.inference.conversion import ENDINGS, convert, quantise, save
+from nnunet_dyn.inference.conversion import ENDINGS, convert, quantise, runner, save
 from nnunet_dyn.inference.engines import MANIFEST, Engine, TorchEngine, check_engine, check_installed
 from nnunet_dyn.inference.exported import Manifest, engine_of, is_exported, sha256
 from nnunet_dyn.inference.model_folder import CHECKPOINT, Model, available_folds, load_model
 from nnunet_dyn.inference.predictor import Predictor
-from nnunet_dyn.inference.preprocessed import Cases, Patch, dice, spread
+from nnunet_dyn.inference.preprocessed import Cases, dice, spread
 
 #: Packages whose versions the manifest has, where they are installed.
 PACKAGES = ("nnunetv2", "torch", "openvino", "nncf", "onnx", "onnxruntime")
@@ -35,6 +34,8 @@ PACKAGES = ("nnunetv2", "torch", "openvino", "nncf", "onnx", "onnxruntime")
 _PATCHES = 4
 # The patches that layers are put back on; each of them runs once for every candidate.
 _PATCHES_FOR_FALLBACK = 16
+# How much of the disagreement with the original on these patches may stay, tried one after the other.
+_FALLBACK = (1 / 2, 1 / 4, 1 / 8)
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,7 @@ class ExportOptions:
 
     def __post_init__(self):
         if self.engine == "torch":
-            raise UsageError(
-                "Got engine torch, which predicts from the model folder itself; expected openvino or onnxruntime."
-            )
+            raise UsageError("Got engine torch, which predicts from a model folder; expected openvino or onnxruntime.")
         check_engine(self.engine, self.precision, "cpu")
         if not 0 <= self.max_dice_drop <= 1:
             raise UsageError(f"Got --max-dice-drop {self.max_dice_drop}; expected 0 to 1, such as 0.005.")
@@ -142,10 +141,23 @@ def _put(temporary: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _patch_dice(cases: Cases, patches: Sequence[Patch], run: Callable[[np.ndarray], np.ndarray]) -> float:
-    """Mean Dice of all patches together."""
-    counts = [cases.count(cases.segment(torch.from_numpy(run(image)[0])), labels) for image, labels in patches]
-    return float(dice(sum(counts)).mean())
+class _Agreement:
+    """Mean Dice between what a candidate and what the original say of some patches, all of them together.
+
+    Not with the labels: a patch alone is segmented worse than with its overlaps and mirrored copies, and what
+    quantisation loses would be lost among that.
+    """
+
+    def __init__(self, cases: Cases, original: Any, patches: Sequence[np.ndarray]):
+        self.cases, self.patches = cases, patches[:: -(-len(patches) // _PATCHES_FOR_FALLBACK)]
+        self.expected = self._segment(runner(original))
+
+    def _segment(self, run: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
+        return [self.cases.segment(torch.from_numpy(run(patch)[0])) for patch in self.patches]
+
+    def __call__(self, run: Callable[[np.ndarray], np.ndarray]) -> float:
+        counts = [self.cases.count(*pair) for pair in zip(self._segment(run), self.expected, strict=True)]
+        return float(dice(sum(counts)).mean())
 
 
 class _Check:
@@ -220,21 +232,23 @@ def _write(model, cases: Cases | None, folds, checkpoint, options: ExportOptions
             patches = cases.patches(names, _PATCHES * len(names))
             calibration = {"cases": len(names), "patches": len(patches)}
             report(f"fold {fold}: quantising on {len(patches)} patches of {len(names)} training cases")
-            exported = quantise(plain, [x for x, _ in patches])
+            exported = quantise(plain, patches)
         path = folder / f"fold_{fold}{ENDINGS[options.engine]}"
         save(exported, path)
         if check is not None:
             report(f"fold {fold}: checking on {len(check.names)} validation cases")
             found = check(engine_of(options.engine)([path], options.precision, options.threads))
-            if found["dice_drop"] > options.max_dice_drop and options.precision == "int8":
-                report(f"fold {fold}: loses {found['dice_drop']:.4f} Dice; looking for the layers that lose most")
-                some = patches[:: -(-len(patches) // _PATCHES_FOR_FALLBACK)]
-                exported = quantise(
-                    plain, [x for x, _ in patches], partial(_patch_dice, cases, some), options.max_dice_drop / 2
-                )
-                save(exported, path)
-                found = check(engine_of(options.engine)([path], options.precision, options.threads))
-                found["layers_put_back"] = True
+            if options.precision == "int8" and found["dice_drop"] > options.max_dice_drop:
+                report(f"fold {fold}: loses {found['dice_drop']:.4f} Dice; putting the layers back that lose most")
+                score = _Agreement(cases, plain, patches)
+                lost = 1 - score(runner(exported))
+                for share in _FALLBACK:
+                    exported = quantise(plain, patches, score, lost * share)
+                    save(exported, path)
+                    found = check(engine_of(options.engine)([path], options.precision, options.threads))
+                    found["layers_put_back"] = True
+                    if found["dice_drop"] <= options.max_dice_drop:
+                        break
             report(f"fold {fold}: Dice {found['dice_original']:.4f}, exported {found['dice_exported']:.4f}")
             accuracy.append(found)
     lost = max((found["dice_drop"] for found in accuracy), default=0.0)

@@ -19,8 +19,6 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager, conve
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.inference.model_folder import Model
 
-#: What the network sees, (1, C, *patch) float32, and the labels, (*patch), -1 beyond the image.
-Patch = tuple[np.ndarray, np.ndarray]
 # Patches that are sure to show foreground; the others show what is around it.
 _FOREGROUND = 0.5
 
@@ -85,8 +83,8 @@ class Cases:
     def _labels(self) -> LabelManager:
         return self.model.plans.get_label_manager(self.model.dataset)
 
-    def patches(self, names: Sequence[str], count: int) -> list[Patch]:
-        """``count`` patches of the cases ``names``; the same ones in every call."""
+    def patches(self, names: Sequence[str], count: int) -> list[np.ndarray]:
+        """``count`` patches of the cases ``names``, (1, C, *patch) float32; the same ones in every call."""
         size, labels = self.model.configuration.patch_size, self._labels()
         loader = nnUNetDataLoader(
             self._dataset(names), 1, size, size, labels, _FOREGROUND, probabilistic_oversampling=True
@@ -97,13 +95,12 @@ class Cases:
             batches = [loader.generate_train_batch() for _ in range(count)]
         finally:
             np.random.set_state(state)
-        made = []
-        for batch in batches:
-            image, target = batch["data"][0].numpy(), batch["target"][0].numpy()
-            if self.previous_stage is not None:
-                image = np.concatenate((image, _one_hot(target[1], labels)))
-            made.append((np.ascontiguousarray(image[None]), target[0]))
-        return made
+        if self.previous_stage is None:
+            return [batch["data"].numpy() for batch in batches]
+        return [
+            np.concatenate((batch["data"][0], _one_hot(batch["target"][0, 1].numpy(), labels)))[None]
+            for batch in batches
+        ]
 
     def load(self, name: str) -> tuple[torch.Tensor, np.ndarray]:
         """The network's input, (C, *shape) float32, and the labels, (*shape)."""
