@@ -80,6 +80,8 @@ def quantise(
     patches: Sequence[np.ndarray],
     score: Callable[[Callable[[np.ndarray], np.ndarray]], float] | None = None,
     max_drop: float = 0.0,
+    keep_first: bool = True,
+    keep_last: bool = True,
 ) -> openvino.Model | onnx.ModelProto:
     """``model`` with its layers in int8, by NNCF's post-training quantisation.
 
@@ -92,6 +94,7 @@ def quantise(
         patches: (1, C, *patch) float32, to take the ranges of values from.
         score: a number, higher where better, of a function from a patch to its logits. With it, layers that lose most
             are put back into their precision until no more than ``max_drop`` is lost on it.
+        keep_first, keep_last: whether ``model`` begins with the image, and ends with the head.
 
     Raises:
         JobError: NNCF cannot do it.
@@ -102,7 +105,7 @@ def quantise(
     calibration = nncf.Dataset([{name: patch} for patch in patches])
     options: dict[str, Any] = {
         "subset_size": len(patches),
-        "ignored_scope": nncf.IgnoredScope(names=_kept(_layers(model)), validate=False),
+        "ignored_scope": nncf.IgnoredScope(names=_kept(_layers(model), keep_first, keep_last), validate=False),
     }
     try:
         with _quiet():
@@ -153,6 +156,11 @@ def converted_engine(model: Model, engine: str, precision: str, threads: int | N
             "Got precision int8 for a model folder of nnU-Net; expected fp32 or bf16, since int8 needs training cases. "
             f"Make an int8 model with: nnunet_dyn export --engine {engine} --precision int8, and predict with that."
         )
+    if hasattr(model.network, "decide"):
+        raise UsageError(
+            f"Got a network that decides what it computes for engine {engine}; expected engine torch. Med-DANet V2 "
+            "can be exported: nnunet_dyn export --engine openvino --precision int8."
+        )
     converted = []
     for parameters in model.parameters:
         model.network.load_state_dict(parameters)
@@ -178,10 +186,10 @@ class _Layer:
     size: tuple[int, ...]
 
 
-def _kept(layers: Sequence[_Layer]) -> list[str]:
+def _kept(layers: Sequence[_Layer], keep_first: bool = True, keep_last: bool = True) -> list[str]:
     """Names of the layers that are not quantised in any case."""
     convolutions = [layer for layer in layers if layer.kind == "convolution" and layer.static and not layer.grouped]
-    ends = (*convolutions[:1], *convolutions[-1:])
+    ends = convolutions[:keep_first] + convolutions[len(convolutions) - keep_last :]
     return [
         layer.name
         for layer in layers

@@ -151,7 +151,7 @@ class TorchEngine(Engine):
 
         if self.device.type == "mps":  # has no autocast, not even one that is turned off
             return self.network(tiles)
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             logits = self.network(tiles)
         return logits.float() if dtype is torch.bfloat16 else logits  # mirrored copies are added up in this type

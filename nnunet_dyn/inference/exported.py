@@ -12,7 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.inference.engines import CPU_PRECISIONS, MANIFEST, Engine, check_installed
-from nnunet_dyn.inference.model_folder import CHECKPOINT
+from nnunet_dyn.inference.model_folder import CHECKPOINT, build_network
 
 #: Of the manifest. A folder with a higher one was written by a version that this one does not know.
 FORMAT = 1
@@ -115,7 +115,16 @@ class Exported:
                 f"{', '.join(map(str, manifest.folds))}. Name some of those with -f, or export the others."
             )
         files = [self.folder / of_fold[fold] for fold in folds or manifest.folds]
+        if files[0].suffix == ".json":
+            return self._stages_engine(files, threads)
         return engine_of(manifest.engine)(files, manifest.precision, threads)
+
+    def _stages_engine(self, files: list[Path], threads: int | None) -> Engine:
+        check_installed(self.manifest.engine)
+        from nnunet_dyn.inference.stages import StagesEngine
+
+        network = build_network(self.manifest.trainer, self.plans, self.configuration, self.dataset)
+        return StagesEngine(network, files, tuple(self.configuration.patch_size), threads)
 
 
 def engine_of(name: str) -> type[Engine]:

@@ -141,6 +141,27 @@ def _put(temporary: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _write_stages(model: Model, patches: Sequence[np.ndarray], folder: Path, name: str) -> str:
+    from nnunet_dyn.architectures.med_danet import MedDANetV2
+    from nnunet_dyn.inference.stages import write_stages
+
+    if not isinstance(model.network, MedDANetV2):
+        raise UsageError(
+            f"Got a {type(model.network).__name__}, which decides what it computes; expected Med-DANet V2 or a network "
+            "that does not. Predict with --engine torch."
+        )
+    return write_stages(model.network, patches, folder, name)
+
+
+def _engine(model: Model, path: Path, options: ExportOptions) -> Engine:
+    """What runs the files of one fold."""
+    if path.suffix == ".json":
+        from nnunet_dyn.inference.stages import StagesEngine
+
+        return StagesEngine(deepcopy(model.network), [path], model.input_shape[2:], options.threads)
+    return engine_of(options.engine)([path], options.precision, options.threads)
+
+
 class _Agreement:
     """Mean Dice between what a candidate and what the original say of some patches, all of them together.
 
@@ -218,35 +239,40 @@ def _umask() -> int:
 
 
 def _write(model, cases: Cases | None, folds, checkpoint, options: ExportOptions, folder: Path, report) -> Manifest:
-    accuracy, calibration = [], {}
-    shape = model.input_shape
+    accuracy, calibration, models, shape = [], {}, [], model.input_shape
+    decides = hasattr(model.network, "decide")
+    if decides and (options.engine, options.precision) != ("openvino", "int8"):
+        raise UsageError(
+            f"Got {options.engine} {options.precision} for a network that chooses its bits; expected openvino int8."
+        )
     for fold, parameters in zip(folds, model.parameters, strict=True):
         check = None if cases is None else _Check(model, parameters, cases, fold, options)
-        report(f"fold {fold}: converting")
         model.network.load_state_dict(parameters)
-        plain = convert(deepcopy(model.network), options.engine, shape)
-        exported, patches = plain, []
+        patches: list[np.ndarray] = []
         if options.precision == "int8":
-            training, _ = cases.split(fold)
-            names = spread(training, options.calibration_cases)
+            names = spread(cases.split(fold)[0], options.calibration_cases)
             patches = cases.patches(names, _PATCHES * len(names))
             calibration = {"cases": len(names), "patches": len(patches)}
-            report(f"fold {fold}: quantising on {len(patches)} patches of {len(names)} training cases")
-            exported = quantise(plain, patches)
-        path = folder / f"fold_{fold}{ENDINGS[options.engine]}"
-        save(exported, path)
+        report(f"fold {fold}: converting" + (f", on {len(patches)} patches for int8" if patches else ""))
+        plain = None
+        if decides:
+            path = folder / _write_stages(model, patches, folder, f"fold_{fold}")
+        else:
+            path = folder / f"fold_{fold}{ENDINGS[options.engine]}"
+            plain = convert(deepcopy(model.network), options.engine, shape)
+            exported = quantise(plain, patches) if patches else plain
+            save(exported, path)
+        models.append(path.name)
         if check is not None:
             report(f"fold {fold}: checking on {len(check.names)} validation cases")
-            found = check(engine_of(options.engine)([path], options.precision, options.threads))
-            if options.precision == "int8" and found["dice_drop"] > options.max_dice_drop:
+            found = check(_engine(model, path, options))
+            if plain is not None and patches and found["dice_drop"] > options.max_dice_drop:
                 report(f"fold {fold}: loses {found['dice_drop']:.4f} Dice; putting the layers back that lose most")
                 score = _Agreement(cases, plain, patches)
                 lost = 1 - score(runner(exported))
                 for share in _FALLBACK:
-                    exported = quantise(plain, patches, score, lost * share)
-                    save(exported, path)
-                    found = check(engine_of(options.engine)([path], options.precision, options.threads))
-                    found["layers_put_back"] = True
+                    save(quantise(plain, patches, score, lost * share), path)
+                    found = check(_engine(model, path, options)) | {"layers_put_back": True}
                     if found["dice_drop"] <= options.max_dice_drop:
                         break
             report(f"fold {fold}: Dice {found['dice_original']:.4f}, exported {found['dice_exported']:.4f}")
@@ -270,7 +296,7 @@ def _write(model, cases: Cases | None, folds, checkpoint, options: ExportOptions
         configuration=model.configuration_name,
         checkpoint=checkpoint,
         folds=tuple(folds),
-        models=tuple(f"fold_{fold}{ENDINGS[options.engine]}" for fold in folds),
+        models=tuple(models),
         input_shape=shape,
         mirroring_axes=model.mirroring_axes,
         files={path.name: sha256(path) for path in sorted(folder.iterdir())},
