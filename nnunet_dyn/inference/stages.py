@@ -41,7 +41,7 @@ def write_stages(network: MedDANetV2, patches: Sequence[np.ndarray], folder: Pat
         name: of the fold, which the files start with.
     """
     network = deepcopy(network).eval()
-    _fuse(network)
+    _fuse(network, tuple(patches[0].shape[2:]))
     stages = _stages(network)
     inputs = _seen(network, stages, [torch.from_numpy(patch) for patch in patches])
     parts = []
@@ -88,9 +88,7 @@ class StagesEngine(TorchEngine):
     def __init__(self, network: MedDANetV2, files: Sequence[Path], patch: Size, threads: int | None = None):
         super().__init__(network, None, torch.device("cpu"), "int8", threads)
         self.folds = len(files)
-        for size in {patch, *(crop_size(crop, patch, network.divisor) for crop in network.options.crops)}:
-            network.stage_macs(patch, size)  # counted now: a module that is replaced has nothing to count
-        _fuse(network)
+        _fuse(network, patch)
         self._networks = [_load(deepcopy(network), file, self.threads) for file in files]
 
     def load(self, fold: int) -> None:
@@ -133,8 +131,13 @@ class _Compiled(nn.Module):
         return self  # a compiled model has nothing to change
 
 
-def _fuse(network: MedDANetV2) -> None:
-    """Join what always runs together: the stem with the first stage, the last stage with the head."""
+def _fuse(network: MedDANetV2, patch: Size) -> None:
+    """Join what always runs together: the stem with the first stage, the last stage with the head.
+
+    Costs are counted before, for every size: later the modules have other names, or nothing to count.
+    """
+    for size in {patch, *(crop_size(crop, patch, network.divisor) for crop in network.options.crops)}:
+        network.stage_macs(patch, size)
     encoder, decoder = network.backbone.encoder, network.backbone.decoder
     if getattr(encoder, "stem", None) is not None:
         encoder.stages[0] = nn.Sequential(encoder.stem, encoder.stages[0])
