@@ -100,7 +100,7 @@ def _let_every_class_win(network: torch.nn.Module, patch_size: Sequence[int], ch
     """Give the classes the same mean, so that an untrained network does not predict one of them everywhere."""
     with torch.no_grad():
         logits = network.eval()(torch.randn(1, channels, *patch_size)).flatten(2)
-        head = network.decoder.seg_layers[-1]
+        head = getattr(network, "backbone", network).decoder.seg_layers[-1]
         head.weight *= 3 / logits.std()
         if head.bias is not None:
             head.bias -= logits.mean(2)[0]
