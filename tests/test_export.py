@@ -195,7 +195,7 @@ def test_a_model_that_loses_too_much_is_not_written_unless_forced(model, tmp_pat
 
 
 def test_layers_are_put_back_until_the_check_passes(model, tmp_path, monkeypatch, capsys):
-    """With a quantisation that needs three attempts; tests/integration has NNCF's."""
+    """With a quantisation that needs three attempts."""
     from nnunet_dyn.inference import exporting
 
     trained, limits = load_model(model), []

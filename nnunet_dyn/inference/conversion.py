@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nnunet_dyn.errors import JobError, UsageError
-from nnunet_dyn.inference.engines import Engine, available_cores, check_installed
+from nnunet_dyn.inference.engines import Engine, TorchEngine, available_cores, check_installed
 from nnunet_dyn.inference.model_folder import Model
 
 if TYPE_CHECKING:
@@ -161,9 +161,10 @@ def converted_engine(model: Model, engine: str, precision: str, threads: int | N
             f"Got a network that decides what it computes for engine {engine}; expected engine torch. Med-DANet V2 "
             "can be exported: nnunet_dyn export --engine openvino --precision int8."
         )
+    weights = TorchEngine(model.network, model.parameters, torch.device("cpu"), "fp32")
     converted = []
-    for parameters in model.parameters:
-        model.network.load_state_dict(parameters)
+    for fold in range(weights.folds):
+        weights.load(fold)
         made = convert(deepcopy(model.network), engine, model.input_shape)  # a converted model shares its tensors
         converted.append(made.SerializeToString() if engine == "onnxruntime" else made)
     return engine_of(engine)(converted, precision, threads)

@@ -33,7 +33,7 @@ PACKAGES = ("nnunetv2", "torch", "openvino", "nncf", "onnx", "onnxruntime")
 # Of each calibration case. Ranges are those of the widest values seen, which more patches of a case seldom change.
 _PATCHES = 4
 # The patches that layers are put back on; each of them runs once for every candidate.
-_PATCHES_FOR_FALLBACK = 16
+_PATCHES_FOR_FALLBACK = 8
 # How much of the disagreement with the original on these patches may stay, tried one after the other.
 _FALLBACK = (1 / 2, 1 / 4, 1 / 8)
 
@@ -188,10 +188,9 @@ class _Check:
         names: the cases.
     """
 
-    def __init__(self, model: Model, parameters: dict, cases: Cases, fold: int | str, options: ExportOptions):
+    def __init__(self, model: Model, original: Engine, cases: Cases, fold: int | str, options: ExportOptions):
         self.model, self.cases, self.fold = model, cases, fold
         self.names = spread(cases.split(fold)[1], options.validation_cases)
-        original = TorchEngine(model.network, [parameters], torch.device("cpu"), "fp32", options.threads)
         self._original = self._predict(original)
 
     def _predict(self, engine: Engine) -> list[np.ndarray]:
@@ -246,8 +245,9 @@ def _write(model, cases: Cases | None, folds, checkpoint, options: ExportOptions
             f"Got {options.engine} {options.precision} for a network that chooses its bits; expected openvino int8."
         )
     for fold, parameters in zip(folds, model.parameters, strict=True):
-        check = None if cases is None else _Check(model, parameters, cases, fold, options)
-        model.network.load_state_dict(parameters)
+        original = TorchEngine(model.network, [parameters], torch.device("cpu"), "fp32", options.threads)
+        original.load(0)
+        check = None if cases is None else _Check(model, original, cases, fold, options)
         patches: list[np.ndarray] = []
         if options.precision == "int8":
             names = spread(cases.split(fold)[0], options.calibration_cases)

@@ -8,7 +8,7 @@ from torch import nn
 
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.inference import Predictor
-from nnunet_dyn.inference.conversion import _kept, _Layer, convert
+from nnunet_dyn.inference.conversion import _kept, _Layer, convert, quantise, runner
 from nnunet_dyn.inference.exporting import ExportOptions, export_model
 
 ENGINES = {3: "openvino", 2: "onnxruntime"}
@@ -124,6 +124,32 @@ def test_a_damaged_model_is_a_job_error(tmp_path):
         (tmp_path / name).write_bytes(b"nothing")
         with pytest.raises(JobError, match=f"cannot run .*{name}"):
             engine_of(engine)([tmp_path / name], "fp32").load(0)
+
+
+def test_layers_that_lose_most_are_put_back():
+    """By NNCF, until half of the disagreement is left."""
+    need("openvino")
+    need("nncf")
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(n, m, 3, padding=1) for n, m in ((1, 4), (4, 4), (4, 4), (4, 3))]
+    network = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2], nn.ReLU(), convs[3])
+    patches = [torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(seed)).numpy() for seed in range(3)]
+    plain = convert(network, "openvino", (1, 1, 16, 16))
+    expected = [runner(plain)(patch) for patch in patches]
+
+    def score(run) -> float:
+        return -float(
+            np.mean([np.abs(run(patch) - logits).mean() for patch, logits in zip(patches, expected, strict=True)])
+        )
+
+    def count(model) -> int:
+        return sum(op.get_type_name() == "FakeQuantize" for op in model.get_ops())
+
+    quantised = quantise(plain, patches, keep_first=False, keep_last=False)
+    lost = -score(runner(quantised))
+    better = quantise(plain, patches, score, lost / 2, keep_first=False, keep_last=False)
+    assert 0 < -score(runner(better)) <= lost / 2
+    assert 0 < count(better) < count(quantised)
 
 
 def test_what_is_not_quantised():

@@ -1,4 +1,4 @@
-"""int8 with NNCF's own fallback, and a network that chooses its bits: from a model folder to a prediction."""
+"""A network that chooses its bits: from a model folder to a prediction in real integers."""
 
 import json
 
@@ -26,15 +26,6 @@ def export(model, data, output, limit) -> dict:
     assert status == 0
     (found,) = json.loads((output / "manifest.json").read_text())["accuracy"]
     return found
-
-
-def test_nncf_puts_layers_back(tmp_path, capsys):
-    model = models.write_model(tmp_path / "model", dimension=2, patch_size=(24, 16), mirroring=None)
-    data = write_preprocessed(tmp_path / "data", model, shape=(4, 32, 32))
-    found = export(model, data, tmp_path / "exported", limit=0.06)
-    assert "putting the layers back that lose most" in capsys.readouterr().err
-    assert found["layers_put_back"] and found["dice_drop"] <= 0.06
-    assert 'type="FakeQuantize"' in (tmp_path / "exported" / "fold_0.xml").read_text(), "others stay in int8"
 
 
 def test_a_network_that_chooses_its_bits(tmp_path, capsys):
