@@ -271,8 +271,13 @@ def _write(model, cases: Cases | None, folds, checkpoint, options: ExportOptions
                 score = _Agreement(cases, plain, patches)
                 lost = 1 - score(runner(exported))
                 for share in _FALLBACK:
-                    save(quantise(plain, patches, score, lost * share), path)
-                    found = check(_engine(model, path, options)) | {"layers_put_back": True}
+                    # Not over the file that was checked: OpenVINO maps it, and would go on with what it had.
+                    attempt = Path(tempfile.mkdtemp(dir=folder))
+                    save(quantise(plain, patches, score, lost * share), attempt / path.name)
+                    found = check(_engine(model, attempt / path.name, options)) | {"layers_put_back": True}
+                    for file in attempt.iterdir():
+                        os.replace(file, folder / file.name)
+                    attempt.rmdir()
                     if found["dice_drop"] <= options.max_dice_drop:
                         break
             report(f"fold {fold}: Dice {found['dice_original']:.4f}, exported {found['dice_exported']:.4f}")
