@@ -211,10 +211,12 @@ def test_layers_are_put_back_until_the_check_passes(model, tmp_path, monkeypatch
 
     monkeypatch.setattr(exporting, "quantise", quantise)
     output = tmp_path / "exported"
-    assert export(model, output, "--precision", "int8", "--calibration-cases", 1, "--validation-cases", 1) == 0
+    # What is left is in bf16, which an untrained network does not take well.
+    flags = ["--calibration-cases", 1, "--validation-cases", 1, "--max-dice-drop", 0.2]
+    assert export(model, output, "--precision", "int8", *flags) == 0
     assert "putting the layers back that lose most" in capsys.readouterr().err
     (found,) = manifest_of(output)["accuracy"]
-    assert found["layers_put_back"] and found["dice_drop"] < 0.005
+    assert found["layers_put_back"] and found["dice_drop"] < 0.2
     assert limits[0] is None and limits[1] == pytest.approx(2 * limits[2]) and 0 < limits[1] < 1
 
 

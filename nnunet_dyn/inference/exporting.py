@@ -271,7 +271,7 @@ def _write(model, cases: Cases | None, folds, checkpoint, options: ExportOptions
                 score = _Agreement(cases, plain, patches)
                 lost = 1 - score(runner(exported))
                 for share in _FALLBACK:
-                    # Not over the file that was checked: OpenVINO maps it, and would go on with what it had.
+                    # Not over the file that was checked, which OpenVINO may still have mapped.
                     attempt = Path(tempfile.mkdtemp(dir=folder))
                     save(quantise(plain, patches, score, lost * share), attempt / path.name)
                     found = check(_engine(model, attempt / path.name, options)) | {"layers_put_back": True}
