@@ -138,17 +138,16 @@ def test_layers_that_lose_most_are_put_back():
     expected = [runner(plain)(patch) for patch in patches]
 
     def score(run) -> float:
-        return -float(
-            np.mean([np.abs(run(patch) - logits).mean() for patch, logits in zip(patches, expected, strict=True)])
-        )
+        pairs = zip(patches, expected, strict=True)
+        return 1 - float(np.mean([np.abs(run(patch) - logits).mean() for patch, logits in pairs]))
 
     def count(model) -> int:
         return sum(op.get_type_name() == "FakeQuantize" for op in model.get_ops())
 
     quantised = quantise(plain, patches, keep_first=False, keep_last=False)
-    lost = -score(runner(quantised))
+    lost = 1 - score(runner(quantised))
     better = quantise(plain, patches, score, lost / 2, keep_first=False, keep_last=False)
-    assert 0 < -score(runner(better)) <= lost / 2
+    assert 0 < 1 - score(runner(better)) <= lost / 2
     assert 0 < count(better) < count(quantised)
 
 
