@@ -31,6 +31,12 @@ COMMANDS = (
         "check the installation and say how to mend it",
         "nnunet_dyn doctor nnUNetTrainerEffV2S_20epochs",
     ),
+    Command(
+        "export",
+        "nnunet_dyn.export",
+        "write a trained model for OpenVINO or ONNX Runtime, and check it",
+        "nnunet_dyn export -m MODEL_FOLDER -o EXPORTED --engine openvino --precision int8",
+    ),
     Command("list", "nnunet_dyn.listing", "show every trainer and template and what it costs", "nnunet_dyn list"),
     Command(
         "plan",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from nnunet_dyn import __version__
 from nnunet_dyn.errors import UsageError
-from nnunet_dyn.inference.engines import check_engine
+from nnunet_dyn.inference.engines import ENGINES, MANIFEST, check_engine, check_installed
 
 if TYPE_CHECKING:
     from nnunet_dyn.inference import Outcome, Predictor
@@ -27,15 +27,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("-c", metavar="CONFIG", help="such as 3d_fullres")
     model.add_argument("-p", metavar="PLANS", help="(default: nnUNetPlans)")
     model.add_argument("-tr", metavar="TRAINER", help="(default: nnUNetTrainer)")
-    model.add_argument("-m", metavar="DIR", type=Path, help="model folder, as for nnUNetv2_predict_from_modelfolder")
     model.add_argument(
-        "-f", metavar="FOLD", nargs="+", type=_fold, default=(0, 1, 2, 3, 4), help="folds (default: 0 1 2 3 4)"
+        "-m",
+        metavar="DIR",
+        type=Path,
+        help="model folder, or an exported one",
+    )
+    model.add_argument(
+        "-f", metavar="FOLD", nargs="+", type=fold, help="folds (default: 0 1 2 3 4; of an exported model, all)"
     )
     model.add_argument("-chk", metavar="NAME", default="checkpoint_final.pth", help="checkpoint (default: %(default)s)")
     how = parser.add_argument_group("how to predict")
-    how.add_argument("--engine", default="torch", metavar="NAME", help="what runs the network (default: torch)")
     how.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16", "int8"), help="(default: nnU-Net's on that device)"
+        "--engine", metavar="NAME", help=f"{', '.join(ENGINES)} (default: torch; of an exported model, its own)"
+    )
+    how.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp16", "int8"),
+        help="(default: nnU-Net's on that device; of an exported model, its own)",
     )
     how.add_argument("-device", choices=("cpu", "cuda", "mps"), help="(default: cuda where there is one)")
     how.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: every core)")
@@ -63,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         what.add_argument(flag, type=int, metavar="N", help="taken and not needed: there are no worker processes")
 
 
-def _fold(text: str) -> int | str:
+def fold(text: str) -> int | str:
     return text if text == "all" else int(text)
 
 
@@ -71,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
     """Predict every case; 1 if one of them failed."""
     start = time.perf_counter()
     # What needs neither torch nor nnU-Net first: a wrong word should not cost seconds.
-    check_engine(args.engine, args.precision, args.device or ("cuda" if args.precision == "fp16" else "cpu"))
+    engine = args.engine or ("openvino" if args.precision == "int8" else "torch")  # int8: of an exported model
+    check_engine(engine, args.precision, args.device or ("cuda" if args.precision == "fp16" else "cpu"))
+    check_installed(args.engine)
     if not args.i.is_dir():
         raise UsageError(f"-i got {args.i}; expected a folder with images.")
     if not 0 <= args.part_id < args.num_parts:
@@ -83,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):  # standard output is for the result
         predictor = Predictor.from_folder(
             folder,
-            args.f,
+            args.f or (None if (folder / MANIFEST).is_file() else (0, 1, 2, 3, 4)),
             args.chk,
             engine=args.engine,
             precision=args.precision,
@@ -158,7 +169,7 @@ def _summary(predictor: Predictor, folder: Path, outcomes: list[Outcome], startu
         "nnunet_dyn": __version__,
         "model": str(folder),
         "trainer": predictor.trainer_name,
-        "engine": "torch",
+        "engine": predictor.engine.name,
         "precision": predictor.engine.precision,
         "device": predictor.device.type,
         "threads": predictor.engine.threads,

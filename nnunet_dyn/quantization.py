@@ -6,6 +6,8 @@ The paper's ``r = 2^(b-1)`` needs one integer more than a signed type of ``b`` b
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -48,6 +50,14 @@ class _Quantize(torch.autograd.Function):
         return grad, None, None
 
 
+_WIDTH: ContextVar[int] = ContextVar("width", default=FULL_PRECISION)
+
+
+def current_width() -> int:
+    """The bits of the innermost :class:`quantized`, for what does not run its layers in torch."""
+    return _WIDTH.get()
+
+
 _LAYERS = (torch.conv2d, torch.conv_transpose2d, torch.mkldnn_convolution, F.linear)
 
 
@@ -63,6 +73,14 @@ class quantized(TorchFunctionMode):
     def __init__(self, bits: int):
         super().__init__()
         self.bits = bits
+
+    def __enter__(self):
+        self._outer = _WIDTH.set(self.bits)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        _WIDTH.reset(self._outer)
+        return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in _LAYERS and self.bits != FULL_PRECISION:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from plans import plans_manager
 
+from nnunet_dyn.inference.model_folder import build_network
 from nnunet_dyn.planning import derived_architecture
 from nnunet_dyn.plans_templates import load_template
 
@@ -98,13 +98,7 @@ def write_model(
     (folder / "dataset.json").write_text(json.dumps(description))
     for fold in range(folds):
         torch.manual_seed(fold)
-        network = nnUNetTrainer.build_network_architecture(
-            manager,
-            manager.get_configuration(configuration),
-            inputs,
-            manager.get_label_manager(description).num_segmentation_heads,
-            enable_deep_supervision=False,
-        )
+        network = build_network(trainer, manager, manager.get_configuration(configuration), description)
         if prepare is None:
             _let_every_class_win(network, manager.get_configuration(configuration).patch_size, inputs)
         else:
@@ -125,10 +119,11 @@ def _let_every_class_win(network: torch.nn.Module, patch_size: Sequence[int], ch
     """Give the classes the same mean, so that an untrained network does not predict one of them everywhere."""
     with torch.no_grad():
         logits = network.eval()(torch.randn(1, channels, *patch_size)).flatten(2)
-        head = network.decoder.seg_layers[-1]
-        head.bias -= logits.mean(2)[0]
+        head = getattr(network, "backbone", network).decoder.seg_layers[-1]
         head.weight *= 3 / logits.std()
-        head.bias *= 3 / logits.std()
+        if head.bias is not None:
+            head.bias -= logits.mean(2)[0]
+            head.bias *= 3 / logits.std()
 
 
 def write_deciding_model(folder: Path, tiles: torch.Tensor, **options) -> Path:

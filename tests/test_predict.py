@@ -355,10 +355,9 @@ def test_a_broken_model_gets_one_line(copy, images, tmp_path, capsys, name):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--engine", "openvino"], "not there yet"),
-        (["--engine", "onnxruntime"], "not there yet"),
+        (["--engine", "onnxruntime", "--precision", "bf16"], "Engine onnxruntime has no bf16 on cpu"),
         (["--engine", "tensorrt"], "Unknown engine 'tensorrt'"),
-        (["--precision", "int8"], "no int8 on cpu"),
+        (["--precision", "int8", "--engine", "torch"], "no int8 on cpu"),
         (["--precision", "fp16"], "no fp16 on cpu"),
         (["-num_parts", "2", "-part_id", "2"], "expected 0 to num_parts - 1"),
         (["-d", "501"], "one of the two ways"),
@@ -379,7 +378,7 @@ def test_bad_usage_is_one_line(model, images, tmp_path, capsys, flags, expected)
 def test_bad_usage_imports_nothing_heavy(tmp_path):
     code = (
         "import sys; from nnunet_dyn import cli\n"
-        f"status = cli.main(['predict', '-m', 'x', '-i', {str(tmp_path)!r}, '-o', 'y', '--engine', 'openvino'])\n"
+        f"status = cli.main(['predict', '-m', 'x', '-i', {str(tmp_path)!r}, '-o', 'y', '--engine', 'tensorrt'])\n"
         "print(status, sorted({'torch', 'numpy', 'nnunetv2'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -1,4 +1,7 @@
-"""What runs the network: one small interface, and the engine of PyTorch."""
+"""What runs the network: one small interface, and the engine of PyTorch.
+
+The other engines are in ``openvino_engine.py`` and ``onnxruntime_engine.py``, which import what they need when used.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import os
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, ClassVar
 
 from nnunet_dyn.errors import JobError, UsageError
 
@@ -16,10 +20,14 @@ if TYPE_CHECKING:
 
     from nnunet_dyn.decisions import Decision
 
-ENGINES = ("torch",)
-PLANNED_ENGINES = ("openvino", "onnxruntime")
 # What torch computes in, by device; the first is what nnU-Net takes there.
 TORCH_PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp16", "fp32", "bf16"), "mps": ("fp32",)}
+# The same of the engines that run on the CPU alone, with the extra that installs each and the modules it then has.
+CPU_PRECISIONS = {"openvino": ("fp32", "bf16", "int8"), "onnxruntime": ("fp32", "int8")}
+EXTRAS = {"openvino": "openvino", "onnxruntime": "onnx"}
+ENGINES = ("torch", *CPU_PRECISIONS)
+# The file that tells an exported model from a model folder of nnU-Net.
+MANIFEST = "manifest.json"
 
 
 def check_engine(engine: str, precision: str | None, device: str) -> str:
@@ -32,31 +40,52 @@ def check_engine(engine: str, precision: str | None, device: str) -> str:
     Raises:
         UsageError: an engine, a device or a precision that is not there.
     """
-    if engine in PLANNED_ENGINES:
-        raise UsageError(f"Engine {engine!r} is not there yet; expected {', '.join(ENGINES)}. Take --engine torch.")
     if engine not in ENGINES:
         raise UsageError(f"Unknown engine {engine!r}; expected {', '.join(ENGINES)}. Take --engine torch.")
     if device not in TORCH_PRECISIONS:
         raise UsageError(f"Unknown device {device!r}; expected one of {', '.join(TORCH_PRECISIONS)}.")
-    possible = TORCH_PRECISIONS[device]
+    if engine != "torch" and device != "cpu":
+        raise UsageError(f"Engine {engine} runs on the CPU; got device {device}. Take cpu, or --engine torch.")
+    possible = TORCH_PRECISIONS[device] if engine == "torch" else CPU_PRECISIONS[engine]
     if precision is None:
         return possible[0]
     if precision not in possible:
+        remedy = "Export the model: nnunet_dyn export --precision int8" if precision == "int8" else "Choose one of them"
         raise UsageError(
-            f"Engine torch has no {precision} on {device}; expected one of {', '.join(possible)}. Choose that, or "
+            f"Engine {engine} has no {precision} on {device}; expected one of {', '.join(possible)}. {remedy}, or take "
             "another device."
         )
     return precision
+
+
+def check_installed(engine: str | None, *modules: str) -> None:
+    """Look for the package of ``engine``, and for ``modules`` of the same extra. Imports nothing.
+
+    Raises:
+        UsageError: it is not installed; names the extra.
+    """
+    if engine not in EXTRAS:
+        return
+    for module in (engine, *modules):
+        if find_spec(module) is None:
+            extra = f"nnunet-dyn[{EXTRAS[engine]}]"
+            raise UsageError(
+                f"Engine {engine} needs {module}, which is not installed; expected the extra {extra}. Run: pip install "
+                f"'{extra}', or take --engine torch."
+            )
 
 
 class Engine(ABC):
     """Runs the folds of one model, one at a time, on batches of tiles.
 
     Attributes:
+        name: one of :data:`ENGINES`.
         precision: what it computes in, such as ``fp32``.
         threads: on the CPU, at most.
         folds: how many parameter sets ``load`` can choose from.
     """
+
+    name: ClassVar[str]
 
     def __init__(self, precision: str, threads: int | None, folds: int):
         self.precision = precision
@@ -106,6 +135,8 @@ class TorchEngine(Engine):
             whose parameters the network has.
     """
 
+    name = "torch"
+
     def __init__(
         self,
         network: nn.Module,
@@ -143,7 +174,7 @@ class TorchEngine(Engine):
 
         if self.device.type == "mps":  # has no autocast, not even one that is turned off
             return run(*arguments)
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             return run(*arguments)
 

@@ -41,6 +41,13 @@ class Model:
     dataset: dict
     trainer: str
     mirroring_axes: tuple[int, ...] | None
+    configuration_name: str
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(1, C, *patch): one tile."""
+        channels = determine_num_input_channels(self.plans, self.configuration, self.dataset)
+        return (1, channels, *self.configuration.patch_size)
 
 
 def available_folds(folder: Path, checkpoint: str = CHECKPOINT) -> list[int | str]:
@@ -86,7 +93,16 @@ def load_model(folder: Path, folds: Sequence[int | str] | None = None, checkpoin
         ) from error
     axes = first.get("inference_allowed_mirroring_axes")
     weights = [content["network_weights"] for content in checkpoints]
-    return Model(network, manager, configuration, weights, dataset, first["trainer_name"], axes and tuple(axes))
+    return Model(
+        network,
+        manager,
+        configuration,
+        weights,
+        dataset,
+        first["trainer_name"],
+        axes and tuple(axes),
+        first["init_args"]["configuration"],
+    )
 
 
 def _load_json(path: Path) -> dict:

@@ -28,8 +28,10 @@ from tqdm import tqdm
 
 from nnunet_dyn.decisions import EVERYTHING_ON, SKIP, CaseDecisions, Decision, TileDecision
 from nnunet_dyn.errors import JobError, UsageError
+from nnunet_dyn.inference.conversion import converted_engine
 from nnunet_dyn.inference.engines import Engine, TorchEngine, check_engine
 from nnunet_dyn.inference.export import complete_files, probabilities_file, segment
+from nnunet_dyn.inference.exported import is_exported, load_exported
 from nnunet_dyn.inference.model_folder import CHECKPOINT, load_model
 from nnunet_dyn.pictures import plot_decisions
 
@@ -106,7 +108,7 @@ class Predictor(nnUNetPredictor):
         folds: Sequence[int | str] | None = None,
         checkpoint: str = CHECKPOINT,
         *,
-        engine: str = "torch",
+        engine: str | None = None,
         precision: str | None = None,
         device: str | None = None,
         threads: int | None = None,
@@ -116,15 +118,17 @@ class Predictor(nnUNetPredictor):
         verbose: bool = False,
         progress: bool = False,
     ) -> Predictor:
-        """Load a model folder of nnU-Net.
+        """Load a model folder of nnU-Net, or one that ``nnunet_dyn export`` wrote.
 
         Args:
             folds: to average over; ``None`` takes all that are there.
-            checkpoint: file name in each fold's folder.
-            engine: ``torch``.
-            precision: ``fp32``, ``bf16`` or, on CUDA, ``fp16``; ``None`` computes as nnU-Net does: fp32, on CUDA half
-                precision by autocast.
-            device: ``cpu``, ``cuda`` or ``mps``; ``None`` takes CUDA where there is one, or else the CPU.
+            checkpoint: file name in each fold's folder; an exported folder has its own.
+            engine: ``torch``, ``openvino`` or ``onnxruntime``; ``None`` takes torch, or what the folder was exported
+                for.
+            precision: ``fp32``, ``bf16`` (not in ONNX Runtime) or, on CUDA, ``fp16``; ``None`` computes as nnU-Net
+                does: fp32, on CUDA half precision by autocast. An exported folder has its own, which may be ``int8``.
+            device: ``cpu``, ``cuda`` or ``mps``; ``None`` takes CUDA where there is one and the engine is torch, or
+                else the CPU.
             threads: on the CPU; ``None`` takes every core this process may use.
             tile_step_size: of the patch, more than 0 and at most 1.
             use_mirroring: average over flipped copies, along the axes that the trainer allows.
@@ -135,8 +139,12 @@ class Predictor(nnUNetPredictor):
             UsageError: no such folder, fold, engine, precision or device.
             JobError: a model that cannot be loaded.
         """
+        exported = load_exported(Path(folder)) if is_exported(folder) else None
+        if exported is not None:
+            engine, precision = exported.check(engine, precision, checkpoint)
+        engine = engine or "torch"
         if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = "cuda" if engine == "torch" and torch.cuda.is_available() else "cpu"
         precision = check_engine(engine, precision, device)
         if not {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[device]:
             raise UsageError(f"Got device {device}, which this machine or its torch does not have. Take cpu.")
@@ -154,7 +162,21 @@ class Predictor(nnUNetPredictor):
                 verbose_preprocessing=verbose,
                 allow_tqdm=progress,
             )
-        predictor.initialize_from_trained_model_folder(folder, folds, checkpoint, precision=precision, threads=threads)
+        if exported is None:
+            predictor.initialize_from_trained_model_folder(
+                folder, folds, checkpoint, engine=engine, precision=precision, threads=threads
+            )
+            return predictor
+        predictor.manual_initialization(
+            nn.Identity(),  # nnU-Net wants a network; the engine has its own
+            exported.plans,
+            exported.configuration,
+            None,
+            exported.dataset,
+            exported.manifest.trainer,
+            exported.manifest.mirroring_axes,
+            engine=exported.engine(folds, threads),
+        )
         return predictor
 
     def initialize_from_trained_model_folder(
@@ -163,6 +185,7 @@ class Predictor(nnUNetPredictor):
         use_folds: Sequence[int | str] | int | str | None,
         checkpoint_name: str = CHECKPOINT,
         *,
+        engine: str = "torch",
         precision: str | None = None,
         threads: int | None = None,
     ) -> None:
@@ -170,6 +193,10 @@ class Predictor(nnUNetPredictor):
         if isinstance(use_folds, (int, str)):
             use_folds = [use_folds]
         model = load_model(Path(model_training_output_dir), use_folds, checkpoint_name)
+        converted = None
+        if engine != "torch":
+            precision = check_engine(engine, precision, self.device.type)
+            converted = converted_engine(model, engine, precision, threads)
         self.manual_initialization(
             model.network,
             model.plans,
@@ -178,6 +205,7 @@ class Predictor(nnUNetPredictor):
             model.dataset,
             model.trainer,
             model.mirroring_axes,
+            engine=converted,
             precision=precision,
             threads=threads,
         )
@@ -192,6 +220,7 @@ class Predictor(nnUNetPredictor):
         trainer_name: str,
         inference_allowed_mirroring_axes: tuple[int, ...] | None,
         *,
+        engine: Engine | None = None,
         precision: str | None = None,
         threads: int | None = None,
     ) -> None:
@@ -200,6 +229,7 @@ class Predictor(nnUNetPredictor):
         Args:
             network: with deep supervision off.
             parameters: a state dictionary per fold; ``None`` predicts with those that the network has.
+            engine: runs the folds instead of ``network`` and ``parameters``, with its own precision and threads.
 
         Raises:
             JobError: parameters that do not fit the network.
@@ -215,8 +245,10 @@ class Predictor(nnUNetPredictor):
         )
         skip = {"resampling_fn_seg": "no_resampling_hack", "resampling_fn_seg_kwargs": {}}
         self._image_only = ConfigurationManager(configuration_manager.configuration | skip)
-        precision = check_engine("torch", precision, self.device.type)
-        self.engine = TorchEngine(self.network, parameters, self.device, precision, threads)
+        if engine is None:
+            precision = check_engine("torch", precision, self.device.type)
+            engine = TorchEngine(self.network, parameters, self.device, precision, threads)
+        self.engine = engine
         for fold in reversed(range(self.engine.folds)):  # each, so that a wrong one is found before the first case
             self.engine.load(fold)
 

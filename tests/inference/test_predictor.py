@@ -191,7 +191,6 @@ def test_an_image_of_zeros_is_a_segmentation_too(tmp_path):
     ("change", "expected"),
     [
         (dict(engine="tensorrt"), "Unknown engine 'tensorrt'; expected torch"),
-        (dict(engine="openvino"), "not there yet"),
         (dict(precision="int8"), "no int8 on cpu"),
         (dict(device="tpu"), "Unknown device 'tpu'"),
         (dict(tile_step_size=0), "step size"),

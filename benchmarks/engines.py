@@ -1,0 +1,116 @@
+"""Network time of a patch by engine and precision, relative to stock nnU-Net in eager fp32, in one run.
+
+Every measurement of an engine is preceded by one of the stock network, and the ratio of the two is kept; the median
+over the rounds is reported. Weights are random, so int8 is calibrated on noise: this is about time, not accuracy.
+Example, on a machine that does nothing else:
+
+    python benchmarks/engines.py --threads 2 --output benchmarks/results/engines.json
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import machine
+import numpy as np
+import speed
+import torch
+
+from nnunet_dyn.inference.conversion import convert, quantise
+from nnunet_dyn.inference.exported import engine_of
+
+STOCK = "PlainConvUNet"
+NETWORKS = {
+    "3d": (STOCK, "EfficientUNet-b0", "EfficientUNet-v2s", "FullyEfficientUNet-b0", "FullyEfficientUNet-v2s"),
+    "2d": (STOCK,),
+}
+PRECISIONS = {"openvino": ("fp32", "bf16", "int8"), "onnxruntime": ("fp32", "int8")}
+
+
+def build(setting: str, name: str) -> torch.nn.Module:
+    network = speed.build(speed.networks(setting)[name]).eval()
+    network.decoder.deep_supervision = False
+    return network
+
+
+def ready(network, engine: str, precision: str, x: torch.Tensor, threads: int) -> Callable[[], object]:
+    """A function that runs ``network`` on ``x``."""
+    model = convert(network, engine, tuple(x.shape))
+    if precision == "int8":
+        rng = np.random.default_rng(0)
+        model = quantise(model, [rng.normal(size=tuple(x.shape)).astype(np.float32) for _ in range(2)])
+    runs = engine_of(engine)([model.SerializeToString() if engine == "onnxruntime" else model], precision, threads)
+    runs.load(0)
+    return lambda: runs.infer(x)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    with torch.inference_mode():
+        run()
+    return time.perf_counter() - start
+
+
+def measure(setting: str, only: list[str] | None, engines: list[str], threads: int, rounds: int) -> list[dict]:
+    x, rows = torch.randn(1, 1, *speed.SETTINGS[setting]["patch"]), []
+    stock = build(setting, STOCK)
+    for name in NETWORKS[setting]:
+        if only and name not in only:
+            continue
+        network = build(setting, name)
+        for engine in engines:
+            for precision in PRECISIONS[engine]:
+                run = ready(network, engine, precision, x, threads)
+                seconds(lambda: stock(x))
+                first = seconds(run)
+                pairs = [(seconds(lambda: stock(x)), seconds(run)) for _ in range(rounds)]
+                rows.append(
+                    {
+                        "setting": setting,
+                        "network": name,
+                        "engine": engine,
+                        "precision": precision,
+                        "ratio": round(statistics.median(ours / theirs for theirs, ours in pairs), 3),
+                        "stock_seconds": round(statistics.median(theirs for theirs, _ in pairs), 4),
+                        "first_seconds": round(first, 4),
+                    }
+                )
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+")
+    parser.add_argument("--engines", nargs="+", choices=PRECISIONS, default=["openvino"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--side", type=int, help="voxels along each axis of the patch (default: 64 in 3D, 256 in 2D)")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.side:
+        for setting in args.settings:
+            speed.SETTINGS[setting]["patch"] = (args.side,) * len(speed.SETTINGS[setting]["patch"])
+    import nncf
+    import openvino
+
+    rows = []
+    for setting in args.settings:
+        rows += measure(setting, args.networks, args.engines, args.threads, args.rounds)
+    result = {
+        "machine": machine.describe() | {"openvino": openvino.__version__, "nncf": nncf.__version__},
+        "patch": {setting: speed.SETTINGS[setting]["patch"] for setting in args.settings},
+        "rounds": args.rounds,
+        "rows": rows,
+    }
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

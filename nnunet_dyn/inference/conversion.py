@@ -1,0 +1,262 @@
+"""A network as a model of OpenVINO or of ONNX for one tile, and what of it is quantised to int8."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from nnunet_dyn.errors import JobError, UsageError
+from nnunet_dyn.inference.engines import Engine, TorchEngine, available_cores, check_installed
+from nnunet_dyn.inference.model_folder import Model
+
+if TYPE_CHECKING:
+    import onnx
+    import openvino
+
+#: Of the ONNX files.
+OPSET = 18
+#: How a file of each engine ends; OpenVINO's weights lie beside it in a ``.bin``.
+ENDINGS = {"openvino": ".xml", "onnxruntime": ".onnx"}
+
+
+def convert(network: nn.Module, engine: str, *shapes: Sequence[int]) -> openvino.Model | onnx.ModelProto:
+    """``network`` in evaluation mode for inputs of just these shapes; the batch is a part of them.
+
+    Its convolutions are plain ones there: an exporter is a compiler to :mod:`nnunet_dyn.architectures.fast_convs`.
+
+    Args:
+        engine: ``openvino`` or ``onnxruntime``.
+        shapes: of each argument.
+
+    Raises:
+        JobError: it cannot be exported.
+    """
+    inputs = tuple(torch.zeros(*shape) for shape in shapes)
+    try:
+        # Not inference mode, whose tensors cannot be exported. Without gradients, stored statistics are folded into
+        # the weights.
+        with torch.inference_mode(False), torch.no_grad(), _quiet():
+            program = torch.export.export(network.eval(), inputs)
+            return _to_openvino(program, inputs) if engine == "openvino" else _to_onnx(program)
+    except Exception as error:  # each exporter has many of its own
+        raise JobError(
+            f"The network cannot be converted for engine {engine}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}. Take --engine torch."
+        ) from error
+
+
+def _to_openvino(program: torch.export.ExportedProgram, inputs: Sequence[torch.Tensor]) -> openvino.Model:
+    import openvino
+
+    return openvino.convert_model(program, input=[list(x.shape) for x in inputs])
+
+
+def _to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
+    return torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False).model_proto
+
+
+def save(model: openvino.Model | onnx.ModelProto, path: Path) -> None:
+    """Write ``model`` to ``path``, whose ending is that of :data:`ENDINGS`. Weights keep their precision."""
+    if path.suffix == ".onnx":
+        path.write_bytes(model.SerializeToString())
+        return
+    import openvino
+
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def quantise(
+    model: openvino.Model | onnx.ModelProto,
+    patches: Sequence[np.ndarray],
+    score: Callable[[Callable[[np.ndarray], np.ndarray]], float] | None = None,
+    max_drop: float = 0.0,
+    keep_first: bool = True,
+    keep_last: bool = True,
+) -> openvino.Model | onnx.ModelProto:
+    """``model`` with its layers in int8, by NNCF's post-training quantisation.
+
+    Some keep their precision: the first convolution and the last one, which is the head, make much of the error and
+    little of the time; layers of one voxel, as in squeeze-and-excitation, and matrix products, as in attention, too.
+    Kernels that are computed from the image have no int8 version, nor have grouped 3D convolutions on OpenVINO's CPU
+    plugin.
+
+    Args:
+        patches: (1, C, *patch) float32, to take the ranges of values from.
+        score: a number, higher where better, of a function from a patch to its logits. With it, layers that lose most
+            are put back into their precision until no more than ``max_drop`` is lost on it.
+        keep_first, keep_last: whether ``model`` begins with the image, and ends with the head.
+
+    Raises:
+        JobError: NNCF cannot do it.
+    """
+    import nncf
+
+    name = model.graph.input[0].name if _is_onnx(model) else 0
+    calibration = nncf.Dataset([{name: patch} for patch in patches])
+    options: dict[str, Any] = {
+        "subset_size": len(patches),
+        "ignored_scope": nncf.IgnoredScope(names=_kept(_layers(model), keep_first, keep_last), validate=False),
+    }
+    try:
+        with _quiet():
+            if score is None:
+                return nncf.quantize(model, calibration, **options)
+            return nncf.quantize_with_accuracy_control(
+                model,
+                calibration,
+                nncf.Dataset(list(patches)),
+                lambda candidate, _: float(score(runner(candidate))),
+                max_drop=max_drop,
+                drop_type=nncf.DropType.ABSOLUTE,
+                **options,
+            )
+    except Exception as error:  # NNCF has many, such as for kernels that are computed, in ONNX
+        raise JobError(
+            f"NNCF cannot quantise the network: {type(error).__name__}: {' '.join(str(error).split())[:300]}. Take "
+            "another engine, or fp32."
+        ) from error
+
+
+def runner(model: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """From a (1, C, *patch) patch to its logits, by ``model``: of OpenVINO, compiled or not, or of ONNX."""
+    if not _is_onnx(model):
+        from nnunet_dyn.inference.openvino_engine import compiled
+
+        # NNCF hands over a wrapper of a compiled model.
+        ready = compiled(model, "fp32", available_cores()) if hasattr(model, "get_ordered_ops") else model
+        return lambda patch: ready(patch)[0]
+    from nnunet_dyn.inference.onnxruntime_engine import session
+
+    ready = session(model.SerializeToString(), threads=0)  # its own default
+    return lambda patch: ready.run(None, {ready.get_inputs()[0].name: patch})[0]
+
+
+def converted_engine(model: Model, engine: str, precision: str, threads: int | None) -> Engine:
+    """An engine that runs the folds of ``model`` as they are, converted in memory; ``fp32`` or ``bf16``.
+
+    Raises:
+        UsageError: the engine is not installed; ``int8``, which needs data.
+        JobError: the network cannot be converted.
+    """
+    from nnunet_dyn.inference.exported import engine_of
+
+    check_installed(engine, *(("onnx", "onnxscript") if engine == "onnxruntime" else ()))
+    if precision == "int8":
+        raise UsageError(
+            "Got precision int8 for a model folder of nnU-Net; expected fp32 or bf16, since int8 needs training cases. "
+            f"Make an int8 model with: nnunet_dyn export --engine {engine} --precision int8, and predict with that."
+        )
+    if hasattr(model.network, "decide"):
+        raise UsageError(
+            f"Got a network that decides what it computes for engine {engine}; expected engine torch. Med-DANet V2 "
+            "can be exported: nnunet_dyn export --engine openvino --precision int8."
+        )
+    weights = TorchEngine(model.network, model.parameters, torch.device("cpu"), "fp32")
+    converted = []
+    for fold in range(weights.folds):
+        weights.load(fold)
+        made = convert(deepcopy(model.network), engine, model.input_shape)  # a converted model shares its tensors
+        converted.append(made.SerializeToString() if engine == "onnxruntime" else made)
+    return engine_of(engine)(converted, precision, threads)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer with weights.
+
+    Attributes:
+        grouped: whether it is a grouped or depthwise convolution.
+        static: whether its weights are constants.
+        size: voxels of its output along each axis.
+    """
+
+    name: str
+    kind: Literal["convolution", "transposed", "product"]
+    grouped: bool
+    static: bool
+    size: tuple[int, ...]
+
+
+def _kept(layers: Sequence[_Layer], keep_first: bool = True, keep_last: bool = True) -> list[str]:
+    """Names of the layers that are not quantised in any case."""
+    convolutions = [layer for layer in layers if layer.kind == "convolution" and layer.static and not layer.grouped]
+    ends = convolutions[:keep_first] + convolutions[len(convolutions) - keep_last :]
+    return [
+        layer.name
+        for layer in layers
+        if layer in ends
+        or not layer.static
+        or layer.kind == "product"
+        or max(layer.size) == 1
+        or (layer.grouped and len(layer.size) == 3)
+    ]
+
+
+def _layers(model: openvino.Model | onnx.ModelProto) -> list[_Layer]:
+    """In the order of computation."""
+    return _layers_of_onnx(model) if _is_onnx(model) else _layers_of_openvino(model)
+
+
+def _layers_of_openvino(model: openvino.Model) -> list[_Layer]:
+    kinds = {
+        "Convolution": "convolution",
+        "GroupConvolution": "convolution",
+        "ConvolutionBackpropData": "transposed",
+        "GroupConvolutionBackpropData": "transposed",
+        "MatMul": "product",
+    }
+    moving, layers = set(), []
+    for op in model.get_ordered_ops():
+        name, kind = op.get_friendly_name(), op.get_type_name()
+        sources = [op.input_value(index).get_node().get_friendly_name() for index in range(op.get_input_size())]
+        if kind == "Parameter" or moving.intersection(sources):
+            moving.add(name)
+        if kind in kinds:
+            size = tuple(op.get_output_shape(0)[2:]) or (1,)
+            layers.append(_Layer(name, kinds[kind], kind.startswith("Group"), sources[1] not in moving, size))
+    return layers
+
+
+def _layers_of_onnx(model: onnx.ModelProto) -> list[_Layer]:
+    kinds = {"Conv": "convolution", "ConvTranspose": "transposed", "MatMul": "product", "Gemm": "product"}
+    graph = model.graph
+    moving = {entry.name for entry in graph.input} - {entry.name for entry in graph.initializer}
+    shapes = {
+        entry.name: tuple(axis.dim_value for axis in entry.type.tensor_type.shape.dim)
+        for entry in (*graph.value_info, *graph.output)
+    }
+    layers = []
+    for node in graph.node:
+        if moving.intersection(node.input):
+            moving.update(node.output)
+        if node.op_type in kinds:
+            groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+            size = shapes[node.output[0]][2:] or (1,)
+            layers.append(_Layer(node.name, kinds[node.op_type], groups > 1, node.input[1] not in moving, size))
+    return layers
+
+
+def _is_onnx(model: Any) -> bool:
+    return hasattr(model, "SerializeToString")
+
+
+@contextmanager
+def _quiet():
+    """Without the progress that the exporters print, and their notes on packages that are not needed."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(level)

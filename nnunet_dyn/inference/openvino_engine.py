@@ -1,0 +1,74 @@
+"""OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnunet_dyn.errors import JobError
+from nnunet_dyn.inference.engines import Engine
+
+if TYPE_CHECKING:
+    import openvino
+    import torch
+
+# What is not quantised in an int8 model: bf16 there is as close to fp32 as the quantised layers are, and faster. A CPU
+# without it computes in fp32.
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
+
+
+class OpenVINOEngine(Engine):
+    """One compiled model per fold, for one tile at a time.
+
+    Args:
+        models: of each fold, a file of OpenVINO's or a model in memory, that takes (1, C, *patch).
+    """
+
+    name = "openvino"
+
+    def __init__(self, models: Sequence[Path | openvino.Model], precision: str, threads: int | None = None):
+        super().__init__(precision, threads, len(models))
+        self.models = models
+        self._requests: dict[int, openvino.InferRequest] = {}
+        self._request: openvino.InferRequest | None = None
+
+    def load(self, fold: int) -> None:
+        if fold not in self._requests:
+            self._requests[fold] = compiled(self.models[fold], self.precision, self.threads).create_infer_request()
+        self._request = self._requests[fold]
+
+    def infer(self, tiles: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        # Copied: the request uses its memory again for the next row.
+        rows = [torch.from_numpy(run(self._request, row).copy()) for row in tiles.split(1)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def run(request: openvino.InferRequest, *inputs: torch.Tensor):
+    """The first output, as an array that the next call overwrites."""
+    return request.infer([x.contiguous().numpy() for x in inputs], share_inputs=True, share_outputs=True)[0]
+
+
+def compiled(model: Path | openvino.Model, precision: str, threads: int) -> openvino.CompiledModel:
+    """``model`` for the CPU.
+
+    Raises:
+        JobError: a file that cannot be read, or a model that OpenVINO cannot run.
+    """
+    import openvino
+
+    config = {
+        "INFERENCE_PRECISION_HINT": _HINTS[precision],
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    try:
+        return openvino.Core().compile_model(model, "CPU", config)
+    except RuntimeError as error:
+        name = model if isinstance(model, Path) else "the network"
+        raise JobError(
+            f"OpenVINO {openvino.__version__} cannot run {name}: {str(error).splitlines()[-1][:300]}. Take the version "
+            "the model was exported with, or another engine."
+        ) from error

@@ -1,0 +1,146 @@
+"""Cases as nnU-Net's preprocessing left them: patches to calibrate on, and whole cases to measure Dice on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from nnunetv2.evaluation.evaluate_predictions import compute_tp_fp_fn_tn, region_or_label_to_mask
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import LabelManager, convert_labelmap_to_one_hot
+
+from nnunet_dyn.errors import JobError, UsageError
+from nnunet_dyn.inference.model_folder import Model
+
+# Patches that are sure to show foreground; the others show what is around it.
+_FOREGROUND = 0.5
+
+
+@dataclass(frozen=True)
+class Cases:
+    """The preprocessed cases of a model's configuration.
+
+    Attributes:
+        folder: of the configuration's data, inside that of the data set.
+        previous_stage: folder of the segmentations of a cascade's first stage.
+    """
+
+    model: Model
+    folder: Path
+    previous_stage: Path | None
+
+    @classmethod
+    def of(cls, model: Model, model_folder: Path) -> Cases:
+        """Those in ``nnUNet_preprocessed``.
+
+        Raises:
+            UsageError: they are not there.
+        """
+        root, name = os.environ.get("nnUNet_preprocessed", ""), model.plans.dataset_name
+        folder = Path(root) / name / model.configuration.data_identifier
+        if not root or not next(folder.glob("*.pkl"), None):
+            raise UsageError(
+                f"No preprocessed cases {folder if root else ''}".rstrip()
+                + f"; expected those of {name}, {model.configuration.data_identifier}, to calibrate and to check the "
+                "exported model on. Set nnUNet_preprocessed to where they are, or run nnUNetv2_preprocess. fp32 and "
+                "bf16 can be exported unchecked, with --force."
+            )
+        before, previous = model.configuration.previous_stage_name, None
+        if before is not None:
+            parts = model_folder.resolve().name.split("__")
+            previous = model_folder.resolve().parent / "__".join([*parts[:2], before])
+            previous = previous / "predicted_next_stage" / (parts[2] if len(parts) == 3 else "")
+            if not previous.is_dir():
+                raise UsageError(
+                    f"No segmentations {previous} of the previous stage, {before}; expected those that its training "
+                    "wrote. Export the second stage beside the first one's model folder."
+                )
+        return cls(model, folder, previous)
+
+    def split(self, fold: int | str) -> tuple[list[str], list[str]]:
+        """Training and validation cases of ``fold``, as nnU-Net splits them."""
+        trainer = SimpleNamespace(
+            fold=fold,
+            dataset_class=infer_dataset_class(str(self.folder)),
+            preprocessed_dataset_folder=str(self.folder),
+            preprocessed_dataset_folder_base=str(self.folder.parent),
+            folder_with_segs_from_previous_stage=None,
+            print_to_log_file=lambda *_: None,
+        )
+        return nnUNetTrainer.do_split(trainer)
+
+    def _dataset(self, names: Sequence[str]):
+        previous = None if self.previous_stage is None else str(self.previous_stage)
+        return infer_dataset_class(str(self.folder))(str(self.folder), list(names), previous)
+
+    def _labels(self) -> LabelManager:
+        return self.model.plans.get_label_manager(self.model.dataset)
+
+    def patches(self, names: Sequence[str], count: int) -> list[np.ndarray]:
+        """``count`` patches of the cases ``names``, (1, C, *patch) float32; the same ones in every call."""
+        size, labels = self.model.configuration.patch_size, self._labels()
+        loader = nnUNetDataLoader(
+            self._dataset(names), 1, size, size, labels, _FOREGROUND, probabilistic_oversampling=True
+        )
+        state = np.random.get_state()
+        np.random.seed(0)
+        try:
+            batches = [loader.generate_train_batch() for _ in range(count)]
+        finally:
+            np.random.set_state(state)
+        if self.previous_stage is None:
+            return [batch["data"].numpy() for batch in batches]
+        return [
+            np.concatenate((batch["data"][0], _one_hot(batch["target"][0, 1].numpy(), labels)))[None]
+            for batch in batches
+        ]
+
+    def load(self, name: str) -> tuple[torch.Tensor, np.ndarray]:
+        """The network's input, (C, *shape) float32, and the labels, (*shape)."""
+        image, labels, previous, _ = self._dataset([name]).load_case(name)
+        image = np.asarray(image[:], dtype=np.float32)
+        if previous is not None:
+            image = np.concatenate((image, _one_hot(np.asarray(previous[:]), self._labels())))
+        return torch.from_numpy(image), np.asarray(labels[0])
+
+    def segment(self, logits: torch.Tensor) -> np.ndarray:
+        """(classes, *shape) → labels, (*shape)."""
+        return self._labels().convert_logits_to_segmentation(logits.float()).numpy()
+
+    def count(self, segmentation: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """True positive, false positive and false negative voxels of each foreground class or region: (classes, 3)."""
+        manager = self._labels()
+        ignored = labels == manager.ignore_label if manager.has_ignore_label else None
+        foreground = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+        masks = ([region_or_label_to_mask(array, label) for array in (labels, segmentation)] for label in foreground)
+        return np.array([compute_tp_fp_fn_tn(*pair, ignored)[:3] for pair in masks])
+
+
+def dice(counts: np.ndarray) -> np.ndarray:
+    """Of (…, 3) counts as :meth:`Cases.count` has them; where nothing is and nothing was found, 1."""
+    found, wrong, missed = np.moveaxis(counts, -1, 0)
+    size = 2 * found + wrong + missed
+    return np.where(size, 2 * found / np.maximum(size, 1), 1.0)
+
+
+def _one_hot(segmentation: np.ndarray, labels: LabelManager) -> np.ndarray:
+    return convert_labelmap_to_one_hot(segmentation, labels.foreground_labels, np.float32)
+
+
+def spread(names: Sequence[str], count: int) -> list[str]:
+    """``count`` of ``names``, or all, evenly spaced.
+
+    Raises:
+        JobError: there are none.
+    """
+    if not names:
+        raise JobError("The fold has no cases to calibrate or check on; expected some. Look into splits_final.json.")
+    ordered = sorted(names)
+    return [ordered[index * len(ordered) // min(count, len(ordered))] for index in range(min(count, len(ordered)))]

@@ -1,0 +1,204 @@
+"""Med-DANet V2 in OpenVINO: its stages in int8 and in bf16, each run in what the network decides for a slice.
+
+The network itself stays, with its decisions and costs; only the modules that compute maps are replaced. So that every
+shape is fixed, there is a model of a module for each size that it can meet: the slice, and each crop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from nnunet_dyn.architectures.med_danet import Decision, MedDANetV2, crop_size
+from nnunet_dyn.inference.conversion import convert, quantise, save
+from nnunet_dyn.inference.engines import TorchEngine
+from nnunet_dyn.inference.openvino_engine import compiled, run
+from nnunet_dyn.quantization import FULL_PRECISION, current_width
+
+if TYPE_CHECKING:
+    import openvino
+
+Size = tuple[int, int]
+
+
+def precision_of(width: int) -> str:
+    """What computes a stage of ``width`` bits: OpenVINO has no integers of less than 8 bits, nor of 16."""
+    return "fp32" if width == FULL_PRECISION else "int8" if width <= 8 else "bf16"
+
+
+def write_stages(network: MedDANetV2, patches: Sequence[np.ndarray], folder: Path, name: str) -> str:
+    """Write the models of ``network`` and what else it has learnt; the name of the file that lists them.
+
+    Args:
+        patches: (1, C, *patch) slices, to take the ranges of int8 from.
+        name: of the fold, which the files start with.
+    """
+    network = deepcopy(network).eval()
+    _fuse(network, tuple(patches[0].shape[2:]))
+    stages = _stages(network)
+    inputs = _seen(network, stages, [torch.from_numpy(patch) for patch in patches])
+    parts = []
+    for path, stage in stages.items():
+        precisions = {precision_of(width) for width in _widths(network, stage)}
+        for size, seen in inputs[path].items():
+            plain = convert(deepcopy(network.get_submodule(path)), "openvino", tuple(seen[0].shape))
+            files = {}
+            if precisions - {"int8"}:
+                files["float"] = plain
+            if "int8" in precisions:
+                # The image's own layer and the head keep their precision, as in other networks.
+                files["int8"] = quantise(
+                    plain,
+                    [x.numpy() for x in seen],
+                    keep_first=stage == 0,
+                    keep_last=stage == network.n_stages - 1 and "transpconvs" not in path,
+                )
+            for kind, model in files.items():
+                file = f"{name}.{path}.{'x'.join(map(str, size))}.{kind}.xml"
+                save(model, folder / file)
+                for precision in precisions:
+                    if (precision == "int8") == (kind == "int8"):
+                        parts.append({"module": path, "size": size, "precision": precision, "file": file})
+    replaced = tuple(f"{path}." for path in stages)
+    rest = {key: value.numpy() for key, value in network.state_dict().items() if not key.startswith(replaced)}
+    rest = {key: value for key, value in rest.items() if not key.startswith("backbone.")}  # the same modules again
+    np.savez(folder / f"{name}.npz", **rest)
+    (folder / f"{name}.json").write_text(json.dumps({"parts": parts, "rest": f"{name}.npz"}, indent=1))
+    return f"{name}.json"
+
+
+class StagesEngine(TorchEngine):
+    """Runs a :class:`MedDANetV2` per fold, whose modules are models of OpenVINO; they are compiled when first needed.
+
+    Args:
+        network: as the plans have it; its weights do not matter.
+        files: of each fold, what :func:`write_stages` returned.
+        patch: voxels of a slice.
+    """
+
+    name = "openvino"
+
+    def __init__(self, network: MedDANetV2, files: Sequence[Path], patch: Size, threads: int | None = None):
+        super().__init__(network, None, torch.device("cpu"), "int8", threads)
+        self.folds = len(files)
+        _fuse(network, patch)
+        self._networks = [_load(deepcopy(network), file, self.threads) for file in files]
+
+    def load(self, fold: int) -> None:
+        self.network = self._networks[fold]
+
+
+def _load(network: MedDANetV2, file: Path, threads: int) -> MedDANetV2:
+    content = json.loads(file.read_text())
+    files: dict[str, dict[tuple[Size, str], Path]] = {}
+    for part in content["parts"]:
+        key = (tuple(part["size"]), part["precision"])
+        files.setdefault(part["module"], {})[key] = file.parent / part["file"]
+    for path, of_module in files.items():
+        parent, _, child = path.rpartition(".")
+        setattr(network.get_submodule(parent), child, _Compiled(of_module, threads))
+    with np.load(file.parent / content["rest"], allow_pickle=False) as rest:
+        network.load_state_dict({key: torch.from_numpy(rest[key]) for key in rest}, strict=False)
+    return network.eval()
+
+
+class _Compiled(nn.Module):
+    """In the place of a module: the model for the size of the input, in the precision of the width that is asked for.
+
+    Args:
+        files: by size and precision.
+    """
+
+    def __init__(self, files: dict[tuple[Size, str], Path], threads: int):
+        super().__init__()
+        self.files, self.threads = files, threads
+        self._requests: dict[tuple[Size, str], openvino.InferRequest] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        key = (tuple(x.shape[2:]), precision_of(current_width()))
+        if key not in self._requests:
+            self._requests[key] = compiled(self.files[key], key[1], self.threads).create_infer_request()
+        return torch.cat([torch.from_numpy(run(self._requests[key], row).copy()) for row in x.split(1)])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Compiled:
+        return self  # a compiled model has nothing to change
+
+
+def _fuse(network: MedDANetV2, patch: Size) -> None:
+    """Join what always runs together: the stem with the first stage, the last stage with the head.
+
+    Costs are counted before, for every size: later the modules have other names, or nothing to count.
+    """
+    for size in {patch, *(crop_size(crop, patch, network.divisor) for crop in network.options.crops)}:
+        network.stage_macs(patch, size)
+    encoder, decoder = network.backbone.encoder, network.backbone.decoder
+    if getattr(encoder, "stem", None) is not None:
+        encoder.stages[0] = nn.Sequential(encoder.stem, encoder.stages[0])
+        encoder.stem = nn.Identity()
+    decoder.stages[-1] = nn.Sequential(decoder.stages[-1], decoder.seg_layers[-1])
+    decoder.seg_layers[-1] = nn.Identity()
+
+
+def _stages(network: MedDANetV2) -> dict[str, int | None]:
+    """Path of every module that is replaced, and the stage it belongs to; ``None`` for what decides."""
+    encoder, levels = network.n_encoder_stages, network.n_stages - network.n_encoder_stages
+    stages: dict[str, int | None] = {f"backbone.encoder.stages.{stage}": stage for stage in range(encoder)}
+    for level in range(levels):
+        stages[f"backbone.decoder.transpconvs.{level}"] = encoder + level
+        stages[f"backbone.decoder.stages.{level}"] = encoder + level
+    whole = "whole" in network.options.policy_space
+    if not whole:
+        del stages[f"backbone.decoder.stages.{levels - 1}"]  # crops have one of their own
+    deciding = {"crop_tail": network.n_stages - 1, "policy": None, "position": None}
+    return stages | {name: stage for name, stage in deciding.items() if getattr(network, name) is not None}
+
+
+def _widths(network: MedDANetV2, stage: int | None) -> set[int]:
+    """Every width that ``stage`` can be asked for."""
+    if stage is None or not network.is_quantised:
+        return {FULL_PRECISION}
+    return set(network.options.bits) if network._selector(stage) is not None else {network.fixed_width(stage)}
+
+
+def _seen(
+    network: MedDANetV2, stages: dict[str, int | None], slices: Sequence[torch.Tensor]
+) -> dict[str, dict[Size, list[torch.Tensor]]]:
+    """What every module gets for each size: whole slices and a crop from the middle of each, in full precision."""
+    seen: dict[str, dict[Size, list[torch.Tensor]]] = {path: {} for path in stages}
+
+    def record(path: str):
+        def hook(_, inputs):
+            (x,) = inputs
+            seen[path].setdefault(tuple(x.shape[2:]), []).append(x.detach().clone())
+
+        return hook
+
+    hooks = [network.get_submodule(path).register_forward_pre_hook(record(path)) for path in stages]
+    try:
+        for x in slices:
+            for decision in _decisions(network, tuple(x.shape[2:])):
+                network.execute(x, [decision])
+            network.probe(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _decisions(network: MedDANetV2, patch: Size) -> Iterator[Decision]:
+    full = (FULL_PRECISION,) * network.n_stages
+    if "whole" in network.options.policy_space:
+        yield Decision("whole", bits=full)
+    for crop in network.options.crops:
+        size = crop_size(crop, patch, network.divisor)
+        corner = [(side - cut) // 2 for side, cut in zip(patch, size, strict=True)]
+        yield Decision(
+            "crop", bits=full, box=tuple((start, start + cut) for start, cut in zip(corner, size, strict=True))
+        )

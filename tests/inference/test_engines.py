@@ -1,0 +1,169 @@
+"""Every engine computes what torch computes, from a model folder or an exported one."""
+
+import models
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nnunet_dyn.errors import JobError, UsageError
+from nnunet_dyn.inference import Predictor
+from nnunet_dyn.inference.conversion import _kept, _Layer, convert, quantise, runner
+from nnunet_dyn.inference.exporting import ExportOptions, export_model
+
+ENGINES = {3: "openvino", 2: "onnxruntime"}
+SHAPES = {2: (3, 40, 31), 3: (20, 30, 25)}
+
+
+def need(engine: str) -> None:
+    pytest.importorskip(engine, reason=f"the package of engine {engine} is not installed")
+
+
+def write_model(folder, trainer="nnUNetTrainer", dimension=3, **options):
+    patch = {"patch_size": (24, 16)} if dimension == 2 else {}
+    return models.write_model(folder, trainer=trainer, dimension=dimension, **patch, **options)
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+@pytest.mark.parametrize("trainer", ["", "EffB0", "FullyEffB0", "MAGIC2x"])
+def test_the_segmentation_is_that_of_torch(tmp_path, trainer, dimension):
+    """Converted as it is loaded; small batches, mirrored copies, two rows or more at once."""
+    need(ENGINES[dimension])
+    folder = write_model(tmp_path / "model", f"nnUNetTrainer{trainer}", dimension)
+    array = models.image(SHAPES[dimension])
+    results = []
+    for engine in ("torch", ENGINES[dimension]):
+        predictor = Predictor.from_folder(folder, engine=engine, device="cpu", threads=1)
+        assert predictor.engine.name == engine and predictor.engine.precision == "fp32"
+        results.append(predictor.predict(array, (1, 1, 1)).segmentation)
+    assert (results[0] == results[1]).mean() >= 0.9999
+    assert len(np.unique(results[0])) > 1
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_folds_have_their_own_weights(tmp_path, engine):
+    """A converted model shares the tensors of the network it was made from."""
+    need(engine)
+    folder = write_model(tmp_path / "model", dimension=2, folds=2)
+    converted, original = (Predictor.from_folder(folder, engine=e, device="cpu") for e in (engine, "torch"))
+    tile = torch.randn(2, 1, 24, 16)
+    outputs = []
+    for fold in (0, 1, 0):
+        for predictor in (converted, original):
+            predictor.engine.load(fold)
+        with torch.inference_mode():
+            expected = original.engine.infer(tile)
+        outputs.append(converted.engine.infer(tile))
+        torch.testing.assert_close(outputs[-1], expected, atol=1e-4, rtol=1e-4)
+    assert (outputs[0] == outputs[2]).all() and not torch.allclose(outputs[0], outputs[1], atol=0.1)
+
+
+def test_an_exported_folder_of_onnx(tmp_path, monkeypatch):
+    need("onnxruntime")
+    folder = write_model(tmp_path / "model", dimension=2, folds=2, mirroring=None)
+    monkeypatch.delenv("nnUNet_preprocessed", raising=False)
+    options = ExportOptions("onnxruntime", "fp32", force=True)
+    manifest = export_model(folder, tmp_path / "exported", options)
+    assert manifest.models == ("fold_0.onnx", "fold_1.onnx") and manifest.mirroring_axes is None
+    array = models.image(SHAPES[2])
+    for folds in (None, [1]):
+        results = [
+            Predictor.from_folder(source, folds, device="cpu").predict(array, (1, 1, 1)).segmentation
+            for source in (folder, tmp_path / "exported")
+        ]
+        assert (results[0] == results[1]).mean() >= 0.9999 and len(np.unique(results[0])) > 2
+
+
+def test_bf16_is_close(tmp_path):
+    need("openvino")
+    folder = write_model(tmp_path / "model", dimension=2)
+    data = torch.from_numpy(models.image(SHAPES[2]))
+    full, low = (
+        Predictor.from_folder(folder, engine=engine, precision=precision, device="cpu")
+        for engine, precision in (("torch", "fp32"), ("openvino", "bf16"))
+    )
+    expected, got = (predictor.predict_logits_from_preprocessed_data(data).float() for predictor in (full, low))
+    assert (expected - got).abs().mean() / expected.abs().mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (dict(engine="openvino", precision="int8"), "nnunet_dyn export --engine openvino --precision int8"),
+        (dict(engine="openvino", precision="fp16"), "Engine openvino has no fp16 on cpu"),
+        (
+            dict(engine="onnxruntime", precision="bf16"),
+            "Engine onnxruntime has no bf16 on cpu; expected one of fp32",
+        ),
+        (dict(engine="openvino", device="cuda"), "Engine openvino runs on the CPU; got device cuda"),
+    ],
+)
+def test_requests_that_cannot_be_met(tmp_path, change, expected):
+    need(change["engine"])
+    folder = write_model(tmp_path / "model", dimension=2)
+    with pytest.raises(UsageError, match=expected):
+        Predictor.from_folder(folder, **{"device": "cpu", **change})
+
+
+class Unpredictable(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
+
+
+def test_a_network_that_cannot_be_converted():
+    need("openvino")
+    with pytest.raises(JobError, match="cannot be converted for engine openvino"):
+        convert(Unpredictable(), "openvino", (1, 1, 4, 4))
+
+
+def test_a_damaged_model_is_a_job_error(tmp_path):
+    from nnunet_dyn.inference.exported import engine_of
+
+    for engine, name in (("openvino", "a.xml"), ("onnxruntime", "a.onnx")):
+        need(engine)
+        (tmp_path / name).write_bytes(b"nothing")
+        with pytest.raises(JobError, match=f"cannot run .*{name}"):
+            engine_of(engine)([tmp_path / name], "fp32").load(0)
+
+
+def test_layers_that_lose_most_are_put_back():
+    """By NNCF, until half of the disagreement is left."""
+    need("openvino")
+    need("nncf")
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(n, m, 3, padding=1) for n, m in ((1, 4), (4, 4), (4, 4), (4, 3))]
+    network = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2], nn.ReLU(), convs[3])
+    patches = [torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(seed)).numpy() for seed in range(3)]
+    plain = convert(network, "openvino", (1, 1, 16, 16))
+    expected = [runner(plain)(patch) for patch in patches]
+
+    def score(run) -> float:
+        pairs = zip(patches, expected, strict=True)
+        return 1 - float(np.mean([np.abs(run(patch) - logits).mean() for patch, logits in pairs]))
+
+    def count(model) -> int:
+        return sum(op.get_type_name() == "FakeQuantize" for op in model.get_ops())
+
+    quantised = quantise(plain, patches, keep_first=False, keep_last=False)
+    lost = 1 - score(runner(quantised))
+    better = quantise(plain, patches, score, lost / 2, keep_first=False, keep_last=False)
+    assert 0 < 1 - score(runner(better)) <= lost / 2
+    assert 0 < count(better) < count(quantised)
+
+
+def test_what_is_not_quantised():
+    def layer(name, kind="convolution", grouped=False, static=True, size=(4, 4, 4)):
+        return _Layer(name, kind, grouped, static, size)
+
+    layers = [
+        layer("first"),
+        layer("depthwise", grouped=True),
+        layer("gate", size=(1, 1, 1)),
+        layer("plain"),
+        layer("attention", "product", size=(1,)),
+        layer("dynamic", static=False),
+        layer("up", "transposed"),
+        layer("depthwise in 2D", grouped=True, size=(4, 4)),
+        layer("head"),
+    ]
+    assert set(_kept(layers)) == {"first", "depthwise", "gate", "attention", "dynamic", "head"}

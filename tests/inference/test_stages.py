@@ -1,0 +1,111 @@
+"""Med-DANet V2 exported: the same decisions, in integers and half precision that are real."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_dyn.architectures.med_danet import Decision, MedDANetV2, ModifiedUNet
+from nnunet_dyn.inference.stages import StagesEngine, precision_of, write_stages
+from nnunet_dyn.quantization import FULL_PRECISION, current_width, quantized
+
+pytest.importorskip("openvino", reason="the extra nnunet-dyn[openvino] is not installed")
+pytest.importorskip("nncf", reason="the extra nnunet-dyn[openvino] is not installed")
+
+PATCH = (64, 48)
+BOX = ((8, 40), (16, 48))
+
+
+def build(seed: int) -> MedDANetV2:
+    torch.manual_seed(seed)
+    options = {"policy_space": ["skip", 32, "whole"]}
+    kwargs = {"strides": [[1, 1], [2, 2]], "base_features": 8, "blocks": (1, 1)}
+    return MedDANetV2(1, 3, ModifiedUNet, options, **kwargs).eval()
+
+
+@pytest.fixture(scope="module")
+def slices() -> torch.Tensor:
+    smooth = torch.nn.functional.avg_pool2d(
+        torch.randn(6, 1, *PATCH, generator=torch.Generator().manual_seed(1)), 5, 1, 2
+    )
+    return smooth * torch.arange(1, 7).view(-1, 1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def network(slices) -> MedDANetV2:
+    network = build(0)
+    network.is_quantised.fill_(True)
+    with torch.no_grad():
+        for stage, selector in enumerate(network.selectors):
+            selector.linear.weight.zero_()
+            selector.linear.bias.copy_(torch.tensor([1.0, 0.0] if stage % 2 else [0.0, 1.0]))
+        scores = network.score(network._view(slices)).softmax(1)[:, 0].sort().values
+        network.skip_threshold.fill_(float(scores[3] + scores[4]) / 2)
+        network.crop_threshold.fill_(0.1)
+    return network
+
+
+@pytest.fixture(scope="module")
+def exported(network, slices, tmp_path_factory) -> StagesEngine:
+    folder = tmp_path_factory.mktemp("exported")
+    name = write_stages(network, [x.numpy() for x in slices.split(1)], folder, "fold_0")
+    engine = StagesEngine(build(7), [folder / name], PATCH, threads=1)  # other weights, none of which may matter
+    engine.load(0)
+    return engine
+
+
+def noise(expected: torch.Tensor, got: torch.Tensor) -> float:
+    """Signal-to-noise ratio in dB."""
+    return -10 * float(torch.log10((expected - got).square().mean() / expected.square().mean()))
+
+
+def test_files_are_of_each_stage_and_size(exported):
+    (folder,) = {path.parent for part in exported._networks for path in part.policy.files.values()}
+    parts = json.loads((folder / "fold_0.json").read_text())["parts"]
+    first = {(tuple(p["size"]), p["precision"]) for p in parts if p["module"] == "backbone.encoder.stages.1"}
+    assert first == {(size, precision) for size in (PATCH, (32, 32)) for precision in ("int8", "bf16")}
+    assert {p["precision"] for p in parts if p["module"] in ("policy", "position")} == {"fp32"}
+    for part in parts:
+        has_integers = 'type="FakeQuantize"' in (folder / part["file"]).read_text()
+        assert has_integers == (part["precision"] == "int8"), part
+    rest = np.load(folder / "fold_0.npz", allow_pickle=False)
+    assert "skip_threshold" in rest and not [key for key in rest if key.startswith(("backbone", "policy"))]
+
+
+@torch.inference_mode()
+def test_decisions_and_costs_are_those_of_torch(network, exported, slices):
+    expected, done = network.execute(slices, network.decide(slices))
+    logits, decisions = exported.network.execute(slices, exported.network.decide(slices))
+    assert [d.action for d in decisions] == [d.action for d in done]
+    assert {"skip", "crop"} <= {d.action for d in done}
+    for ours, theirs in zip(decisions, done, strict=True):
+        assert (ours.box, ours.bits) == (theirs.box, theirs.bits) and ours.cost == pytest.approx(theirs.cost)
+        assert ours.skip_probability == pytest.approx(theirs.skip_probability, abs=1e-4)
+    assert {d.bits for d in done if d.action != "skip"} == {(16, 8, 16)}
+    skipped = [index for index, d in enumerate(done) if d.action == "skip"]
+    assert torch.equal(logits[skipped], expected[skipped])
+    assert noise(expected, logits) > 15
+    assert torch.equal(exported.infer(slices), logits)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("action", ["whole", "crop"])
+def test_every_width_is_what_it_says(network, exported, slices, action):
+    x = slices[4:]
+    box = BOX if action == "crop" else None
+    errors = {}
+    reference = network.execute(x, [Decision(action, box, (FULL_PRECISION,) * 3)] * 2)[0]
+    for width in network.options.bits:
+        errors[width] = noise(reference, exported.network.execute(x, [Decision(action, box, (width,) * 3)] * 2)[0])
+    assert errors[8] > 12 and errors[16] > 30 and errors[16] > errors[8] + 6
+
+
+def test_widths_that_are_known_outside_of_torch():
+    assert [precision_of(width) for width in (2, 8, 12, 16, FULL_PRECISION)] == ["int8", "int8", "bf16", "bf16", "fp32"]
+    assert current_width() == FULL_PRECISION
+    with quantized(16):
+        with quantized(8):
+            assert current_width() == 8
+        assert current_width() == 16
+    assert current_width() == FULL_PRECISION

@@ -1,0 +1,275 @@
+"""`nnunet_dyn export`: an exported model predicts as the original does, says so, and can be trusted to."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import models
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from preprocessed import write_preprocessed
+
+from nnunet_dyn import cli
+from nnunet_dyn.errors import JobError, UsageError
+from nnunet_dyn.inference import Predictor, conversion
+from nnunet_dyn.inference.model_folder import load_model
+
+pytest.importorskip("openvino", reason="the extra nnunet-dyn[openvino] is not installed")
+pytest.importorskip("nncf", reason="the extra nnunet-dyn[openvino] is not installed")
+
+ARRAY = models.image((17, 20, 22))
+SPACING = (1.0, 1.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return models.write_model(tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture(scope="module")
+def preprocessed(model, tmp_path_factory) -> Path:
+    return write_preprocessed(tmp_path_factory.mktemp("preprocessed"), model)
+
+
+@pytest.fixture(autouse=True)
+def data(preprocessed, monkeypatch):
+    monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed))
+
+
+def export(model: Path, output: Path, *flags) -> int:
+    flags = ["--engine", "openvino", "--threads", "1", *map(str, flags)]
+    return cli.main(["export", "-m", str(model), "-o", str(output), *flags])
+
+
+@pytest.fixture(scope="module")
+def quantised(model, preprocessed, tmp_path_factory) -> Path:
+    """As exported by the command, with a limit that an untrained network keeps."""
+    folder = tmp_path_factory.mktemp("exported") / "int8"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_preprocessed", str(preprocessed))
+        assert export(model, folder, "--precision", "int8", "--max-dice-drop", 0.5, "--calibration-cases", 2) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(quantised, tmp_path) -> Path:
+    return Path(shutil.copytree(quantised, tmp_path / "copy"))
+
+
+def manifest_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def change_manifest(folder: Path, **changes) -> None:
+    (folder / "manifest.json").write_text(json.dumps(manifest_of(folder) | changes))
+
+
+def partial(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_the_manifest_says_what_is_in_the_folder(quantised):
+    manifest = manifest_of(quantised)
+    assert sorted(path.name for path in quantised.iterdir()) == sorted([*manifest["files"], "manifest.json"])
+    assert {"fold_0.xml", "fold_0.bin", "plans.json", "dataset.json"} == set(manifest["files"])
+    assert (manifest["engine"], manifest["precision"], manifest["trainer"]) == ("openvino", "int8", "nnUNetTrainer")
+    assert manifest["input_shape"] == [1, 1, 16, 16, 16] and manifest["mirroring_axes"] == [0, 1, 2]
+    assert {"nnunet_dyn", "nnunetv2", "torch", "openvino", "nncf"} <= set(manifest["versions"])
+    assert manifest["calibration"] == {"cases": 2, "patches": 8}
+    (found,) = manifest["accuracy"]
+    assert found["cases"] == ["case_3", "case_4"] and found["dice_original"] > 0.999
+    assert found["dice_drop"] == pytest.approx(found["dice_original"] - found["dice_exported"])
+    assert 0.001 < found["dice_drop"] < 0.5, "int8 is close, and not the same"
+    assert len(found["dice_exported_by_class"]) == 4 and 0.5 < found["same_voxels"] < 1
+    assert not partial(quantised.parent)
+
+
+def test_int8_keeps_the_logits_and_predicts_files(model, quantised, tmp_path, capsys):
+    data = torch.from_numpy(ARRAY)
+    original, exported = (Predictor.from_folder(f, device="cpu", threads=1) for f in (model, quantised))
+    assert (exported.engine.name, exported.engine.precision, exported.engine.threads) == ("openvino", "int8", 1)
+    expected, got = (p.predict_logits_from_preprocessed_data(data).float() for p in (original, exported))
+    noise = (expected - got).square().mean() / expected.square().mean()
+    assert -10 * float(torch.log10(noise)) > 12, "signal-to-noise ratio in dB"
+    images = models.write_cases(tmp_path / "images", {"case": ARRAY})
+    assert cli.main(["predict", "-m", str(quantised), "-i", str(images), "-o", str(tmp_path / "out"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["engine"], report["precision"], report["device"], report["folds"]) == ("openvino", "int8", "cpu", 1)
+    written = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "case.nii.gz")))
+    assert (written == exported.predict(ARRAY, SPACING).segmentation).all() and len(np.unique(written)) > 2
+
+
+def test_layers_are_quantised(quantised):
+    text = (quantised / "fold_0.xml").read_text()
+    assert text.count('type="FakeQuantize"') > 10 and 'element_type="i8"' in text
+
+
+@pytest.mark.parametrize("name", ["fold_0.bin", "plans.json"])
+def test_a_changed_file_is_found(copy, name):
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(JobError, match=f"{name} is not the file that was exported"):
+        Predictor.from_folder(copy)
+
+
+def test_a_missing_file_is_found(copy):
+    (copy / "fold_0.bin").unlink()
+    with pytest.raises(JobError, match=r"has no fold_0\.bin"):
+        Predictor.from_folder(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (dict(format=2, something="new"), "was exported by nnunet_dyn .* in format 2; expected 1 or less"),
+        (dict(precision="fp64"), "ValueError: engine and precision got openvino fp64"),
+        (dict(files={}), "ValueError: files got no hash of"),
+        (dict(folds=[]), "expected one of each fold"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used(copy, changes, expected):
+    change_manifest(copy, **changes)
+    with pytest.raises(JobError, match=expected):
+        Predictor.from_folder(copy)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--engine", "onnxruntime"], "Got engine onnxruntime"),
+        (["--precision", "bf16"], "Got precision bf16"),
+        (["-chk", "checkpoint_best.pth"], "Got checkpoint checkpoint_best.pth"),
+        (["-f", "1"], "has no fold 1; there are folds: 0"),
+        (["-device", "cuda"], "Engine openvino runs on the CPU"),
+    ],
+)
+def test_an_exported_model_is_used_as_it_was_checked(quantised, tmp_path, capsys, flags, expected):
+    images = models.write_cases(tmp_path / "images", {"case": ARRAY})
+    common = ["predict", "-m", str(quantised), "-i", str(images), "-o", str(tmp_path / "out")]
+    assert cli.main([*common, *flags]) == 2
+    assert expected in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_nothing_is_unpickled(quantised, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("something was unpickled")
+
+    for name in ("pickle.load", "pickle.loads", "torch.load"):
+        monkeypatch.setattr(name, refuse)
+    assert Predictor.from_folder(quantised).engine.folds == 1
+
+
+def lose_a_class(network) -> None:
+    with torch.no_grad():
+        network.decoder.seg_layers[-1].bias[1] -= 100
+
+
+def spoil(monkeypatch) -> None:
+    """Let the conversion lose a class."""
+    from nnunet_dyn.inference import exporting
+
+    original = exporting.convert
+
+    def convert(network, *args):
+        lose_a_class(network)
+        return original(network, *args)
+
+    monkeypatch.setattr(exporting, "convert", convert)
+
+
+def test_a_model_that_loses_too_much_is_not_written_unless_forced(model, tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch)
+    output = tmp_path / "new" / "exported"
+    assert export(model, output, "--precision", "fp32") == 1
+    assert "of mean Dice; expected 0.005 at most. Nothing was written" in capsys.readouterr().err
+    assert not output.exists() and not partial(output.parent)
+    assert export(model, output, "--precision", "fp32", "--force", "--json", "--validation-cases", 1) == 0
+    manifest = json.loads(capsys.readouterr().out)
+    assert manifest == manifest_of(output)
+    (found,) = manifest["accuracy"]
+    assert found["dice_drop"] > 0.1 and found["dice_exported_by_class"][0] == 0 and len(found["cases"]) == 1
+
+
+def test_layers_are_put_back_until_the_check_passes(model, tmp_path, monkeypatch, capsys):
+    """With a quantisation that needs three attempts."""
+    from nnunet_dyn.inference import exporting
+
+    trained, limits = load_model(model), []
+    trained.network.load_state_dict(trained.parameters[0])
+    lose_a_class(trained.network)
+    bad = conversion.convert(trained.network, "openvino", trained.input_shape)
+
+    def quantise(plain, patches, score=None, max_drop=None):
+        if score is not None:
+            assert score(conversion.runner(plain)) == 1 > score(conversion.runner(bad))
+        limits.append(max_drop)
+        return plain if len(limits) == 3 else bad
+
+    monkeypatch.setattr(exporting, "quantise", quantise)
+    output = tmp_path / "exported"
+    # What is left is in bf16, which an untrained network does not take well.
+    flags = ["--calibration-cases", 1, "--validation-cases", 1, "--max-dice-drop", 0.2]
+    assert export(model, output, "--precision", "int8", *flags) == 0
+    assert "putting the layers back that lose most" in capsys.readouterr().err
+    (found,) = manifest_of(output)["accuracy"]
+    assert found["layers_put_back"] and found["dice_drop"] < 0.2
+    assert limits[0] is None and limits[1] == pytest.approx(2 * limits[2]) and 0 < limits[1] < 1
+
+
+def test_int8_needs_preprocessed_cases_and_fp32_force(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    for flags in (["int8", "--force"], ["fp32"]):
+        assert export(model, tmp_path / "exported", "--precision", *flags) == 2
+        assert "No preprocessed cases" in capsys.readouterr().err and not (tmp_path / "exported").exists()
+    assert export(model, tmp_path / "exported", "--precision", "fp32", "--force") == 0
+    assert "not checked" in capsys.readouterr().out
+    manifest = manifest_of(tmp_path / "exported")
+    assert manifest["accuracy"] == [] and manifest["max_dice_drop"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--precision", "fp32", "--engine", "torch"], "predicts from a model folder"),
+        (["--precision", "fp32", "--engine", "tensorrt"], "Unknown engine 'tensorrt'"),
+        (["--precision", "bf16", "--engine", "onnxruntime"], "Engine onnxruntime has no bf16"),
+        (["--precision", "fp32", "--max-dice-drop", "2"], "expected 0 to 1"),
+        (["--precision", "fp32", "--validation-cases", "0"], "--validation-cases 0"),
+        (["--precision", "fp32", "-f", "3"], "there are folds: 0"),
+        (["--precision", "fp32", "-o", "{model}", "--overwrite"], "is there already"),
+        (["--precision", "fp32", "-m", "nowhere"], "expected the model folder"),
+    ],
+)
+def test_bad_usage_is_one_line(model, tmp_path, capsys, flags, expected):
+    assert export(model, tmp_path / "exported", *(flag.format(model=model) for flag in flags)) == 2
+    shown = capsys.readouterr()
+    assert expected in shown.err and shown.err.count("\n") == 1 and not shown.out
+    assert (model / "fold_0").is_dir() and not (tmp_path / "exported").exists()
+
+
+def test_an_exported_model_is_replaced_only_when_asked(model, copy, capsys):
+    assert export(model, copy, "--precision", "bf16") == 2
+    assert "or --overwrite" in capsys.readouterr().err and manifest_of(copy)["precision"] == "int8"
+    allowed = ["--validation-cases", 1, "--max-dice-drop", 0.2]
+    assert export(model, copy, "--precision", "bf16", "--overwrite", *allowed) == 0
+    assert manifest_of(copy)["precision"] == "bf16" and not partial(copy.parent)
+    assert Predictor.from_folder(copy).engine.precision == "bf16"
+
+
+@pytest.mark.parametrize(("engine", "extra"), [("openvino", "openvino"), ("onnxruntime", "onnx")])
+def test_an_engine_that_is_not_installed(model, tmp_path, monkeypatch, capsys, engine, extra):
+    monkeypatch.setitem(sys.modules, engine, None)
+    assert export(model, tmp_path / "exported", "--precision", "fp32", "--engine", engine) == 2
+    assert f"pip install 'nnunet-dyn[{extra}]'" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="which is not installed"):
+        Predictor.from_folder(model, engine=engine, device="cpu")
+
+
+def test_quantisation_that_is_not_installed(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    assert export(model, tmp_path / "exported", "--precision", "int8") == 2
+    assert "needs nncf" in capsys.readouterr().err
