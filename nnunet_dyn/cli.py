@@ -35,7 +35,7 @@ COMMANDS = (
         "export",
         "nnunet_dyn.export",
         "write a trained model for OpenVINO or ONNX Runtime, and check it",
-        "nnunet_dyn export -m MODEL_FOLDER -o EXPORTED --engine openvino --precision int8",
+        "nnunet_dyn export -m MODEL -o OUT --engine openvino --precision int8",
     ),
     Command("list", "nnunet_dyn.listing", "show every trainer and template and what it costs", "nnunet_dyn list"),
     Command(
