@@ -56,6 +56,8 @@ class Phase:
         random_centres: crops are placed at random, not by the position network.
         quantised: stages run at the widths that the selectors choose, else in full precision.
         cost: whether the cost is part of the loss.
+        segments: whether anything is segmented; if not, what decides learns from guidance alone, at a fraction of the
+            time.
 
     Every choice that runs counts in the loss, and while the policy learns, so does what it mixes.
     """
@@ -66,12 +68,15 @@ class Phase:
     random_centres: bool
     quantised: bool
     cost: bool
+    segments: bool = True
 
 
 #: The parts that a :class:`Phase` may train.
 PARTS = ("segmentation", "policy", "position", "selectors")
 
 #: Phases by name. ``paper`` is Section 3.5 with the lengths of Section 4.1, ``published`` what the authors' code does.
+#: ``guided`` is for trainings of hours: what decides learns first, in many cheap epochs, and crops are never placed at
+#: random, so that choosing them can pay from the start of the segmentation.
 SCHEDULES: dict[str, tuple[Phase, ...]] = {
     "paper": (
         Phase("full precision", 200 / 350, frozenset({"segmentation", "policy"}), True, False, True),
@@ -82,6 +87,12 @@ SCHEDULES: dict[str, tuple[Phase, ...]] = {
         Phase("full precision", 150 / 350, frozenset({"segmentation", "position"}), False, False, False),
         Phase("bits", 150 / 350, frozenset({"segmentation", "position", "selectors"}), False, True, True),
         Phase("policy", 50 / 350, frozenset({"policy"}), False, True, True),
+    ),
+    "guided": (
+        Phase("deciding", 0.75, frozenset({"policy", "position"}), False, False, False, segments=False),
+        Phase("full precision", 0.15, frozenset({"segmentation", "policy", "position"}), False, False, True),
+        Phase("bits", 0.05, frozenset({"segmentation", "position", "selectors"}), False, True, True),
+        Phase("everything", 0.05, frozenset(PARTS), False, True, True),
     ),
 }
 
@@ -144,6 +155,7 @@ class MedDANetOptions:
         expect(self.guidance >= 0, "guidance", "0 or more")
         expect(_is_whole_number(self.view_stride, 1), "view_stride", "a whole number above 0")
         expect(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")
+        expect(self.schedule != "guided" or self.guidance > 0, "guidance", "more than 0 for the schedule 'guided'")
 
     @property
     def crops(self) -> tuple[int, ...]:
@@ -708,6 +720,9 @@ class MedDANetV2(nn.Module):
         place = None
         if self.position is not None and centres is None:
             place = self.place(view)
+        if not self.phase.segments:
+            corners = [place * self._room(crop_size(crop, patch, self.divisor), x) for crop in self.options.crops]
+            return outputs | {"corners": corners}
         policy_macs, position_macs = self.deciding_macs(patch)
         unit = sum(self.stage_macs(patch, patch))
         logits, costs, corners = [], [], []
@@ -723,7 +738,7 @@ class MedDANetV2(nn.Module):
                 logits.append(self._segment(x, at_width))
             else:
                 size = crop_size(option, patch, self.divisor)
-                room = torch.tensor([full - side for full, side in zip(patch, size, strict=True)]).to(x)
+                room = self._room(size, x)
                 if place is not None:
                     corner = place * room
                 else:
@@ -738,6 +753,11 @@ class MedDANetV2(nn.Module):
             costs.append(torch.stack(at_width.widths, 1) @ weights + deciding / unit)
         cost = (choice * torch.stack(costs, 1)).sum(1)
         return outputs | {"logits": logits, "choice": choice, "corners": corners, "cost": cost}
+
+    @staticmethod
+    def _room(size: Size, x: torch.Tensor) -> torch.Tensor:
+        """How far a crop's corner can move in ``x``, per axis: ``(2,)``."""
+        return torch.tensor([full - side for full, side in zip(x.shape[2:], size, strict=True)]).to(x)
 
     # --- costs ---
 

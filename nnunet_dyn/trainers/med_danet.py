@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, combinations, product
@@ -76,14 +77,28 @@ def build_med_danet(
     return network
 
 
-class WarmUpPolyLR(PolyLRScheduler):
-    """nnU-Net's polynomial decay, with a linear rise over the first twentieth of the training."""
+class PartPolyLR(PolyLRScheduler):
+    """nnU-Net's polynomial decay with a linear rise over the first twentieth, for each part over its own epochs.
+
+    Counted over the whole training, what learns late would start from a rate that has decayed for others.
+
+    Args:
+        optimizer: its groups say their ``part``.
+        epochs: those in which each part learns; in the others its rate is 0.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, initial_lr: float, epochs: dict[str, list[int]]):
+        self.epochs = epochs
+        super().__init__(optimizer, initial_lr, max(map(len, epochs.values())))
 
     def step(self, current_step: int | None = None) -> None:
-        super().step(current_step)
-        step = self.ctr - 1 if current_step in (None, -1) else current_step
+        if current_step in (None, -1):
+            current_step, self.ctr = self.ctr, self.ctr + 1
         for group in self.optimizer.param_groups:
-            group["lr"] *= min(1, (step + 1) / max(1, self.max_steps // 20))
+            own = self.epochs[group["part"]]
+            done, rise = bisect_left(own, current_step), max(1, len(own) // 20)
+            rate = self.initial_lr * (1 - done / max(1, len(own))) ** self.exponent * min(1, (done + 1) / rise)
+            group["lr"] = rate if current_step in own else 0.0
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
@@ -117,7 +132,7 @@ class MedDANetTrainer(DynTrainer):
 
     @property
     def module(self) -> MedDANetV2:
-        return self.network.module if self.is_ddp else self.network
+        return self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
 
     def initialize(self) -> None:
         super().initialize()
@@ -140,16 +155,18 @@ class MedDANetTrainer(DynTrainer):
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """There is none."""
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmUpPolyLR]:
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PartPolyLR]:
         """Adam with one group a part, the same over all phases, so that a checkpoint fits whatever phase it is from."""
-        parts = self.module.parts() if isinstance(self.network, DistributedDataParallel) else self.network.parts()
+        parts = self.module.parts()
         groups = [
             {"params": [p for module in parts[name] for p in module.parameters()], "part": name}
             for name in PARTS
             if name in parts
         ]
         optimizer = torch.optim.Adam(groups, self.initial_lr, weight_decay=self.weight_decay)
-        return optimizer, WarmUpPolyLR(optimizer, self.initial_lr, self.num_epochs)
+        learning = [self.schedule[self.phase_index(epoch)].learns for epoch in range(self.num_epochs)]
+        epochs = {part: [epoch for epoch, learns in enumerate(learning) if part in learns] for part in parts}
+        return optimizer, PartPolyLR(optimizer, self.initial_lr, epochs)
 
     # --- phases ---
 
@@ -173,9 +190,6 @@ class MedDANetTrainer(DynTrainer):
             module.enter(phase)
             if self.is_ddp:  # which parameters get a gradient has changed, and it depends on the data besides
                 self.network = DistributedDataParallel(module, device_ids=[self.local_rank], **DISTRIBUTED)
-        for group in self.optimizer.param_groups:
-            if group["part"] not in phase.learns:
-                group["lr"] = 0.0
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -209,6 +223,17 @@ class MedDANetTrainer(DynTrainer):
         """Eq. 10 with nnU-Net's loss: of every choice, of what the policy mixes, of the cost, and guidance."""
         network = self.module
         options, phase = network.options, network.phase
+        total = self._segmentation_loss(outputs, target) if phase.segments else 0
+        if network.policy is not None and "policy" in phase.learns and "skip" in options.policy_space:
+            total = total + options.guidance * self.skip_loss(outputs["scores"], target)
+        if network.position is not None and "position" in phase.learns:
+            total = total + options.guidance * self.position_loss(outputs["corners"], target)
+        return total
+
+    def _segmentation_loss(self, outputs: dict, target: torch.Tensor) -> torch.Tensor:
+        """That of :meth:`total_loss` without guidance."""
+        network = self.module
+        options, phase = network.options, network.phase
         segmented = [
             logits for choice, logits in zip(options.policy_space, outputs["logits"], strict=True) if choice != "skip"
         ]
@@ -219,13 +244,9 @@ class MedDANetTrainer(DynTrainer):
                 logits * weight.view(-1, 1, 1, 1) for logits, weight in zip(outputs["logits"], weights, strict=True)
             )
             total = total + self.loss(mixed, target)
-            if "skip" in options.policy_space:
-                total = total + options.guidance * self.skip_loss(outputs["scores"], target)
         if phase.cost:
             classes = self.label_manager.num_segmentation_heads - (not self.label_manager.has_regions)
             total = total + options.cost_weight / max(1, classes) * outputs["cost"].mean()
-        if network.position is not None and "position" in phase.learns:
-            total = total + options.guidance * self.position_loss(outputs["corners"], target)
         return total
 
     def foreground(self, target: torch.Tensor) -> torch.Tensor:

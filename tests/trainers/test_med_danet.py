@@ -11,7 +11,7 @@ from plans import plans_manager
 from torch import nn
 
 import nnunet_dyn.trainers
-from nnunet_dyn.architectures.med_danet import NEVER, SCHEDULES, Decision, MedDANetV2, ModifiedUNet
+from nnunet_dyn.architectures.med_danet import NEVER, PARTS, SCHEDULES, Decision, MedDANetV2, ModifiedUNet
 from nnunet_dyn.planning import derived_architecture
 from nnunet_dyn.plans_templates import load_template
 from nnunet_dyn.safety import Evidence
@@ -78,8 +78,10 @@ def test_it_refuses_what_it_cannot_serve():
         build(NAME, plans_manager(2, patch_size=[64, 64], n_stages=4))
     with pytest.raises(ValueError, match="cost_weight got -1; expected 0 or more"):
         build(NAME, with_template(plans_manager(2, patch_size=[32, 32], n_stages=3), cost_weight=-1))
-    with pytest.raises(ValueError, match="schedule got 'mine'; expected one of paper, published"):
+    with pytest.raises(ValueError, match="schedule got 'mine'; expected one of paper, published, guided"):
         build(NAME, with_template(plans_manager(2, patch_size=[32, 32], n_stages=3), schedule="mine"))
+    with pytest.raises(ValueError, match="guidance got 0; expected more than 0 for the schedule 'guided'"):
+        build(NAME, with_template(plans_manager(2, patch_size=[32, 32], n_stages=3), schedule="guided", guidance=0))
 
 
 @pytest.mark.parametrize(
@@ -168,16 +170,25 @@ def changed_parts(trainer, before):
     return {names.get(name, name) for name in changed} - {"is_quantised"}
 
 
+def count_calls(module):
+    """A list that grows with every forward pass of ``module``."""
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 3, 7, 350])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_phases_divide_any_number_of_epochs(prepared, epochs, schedule):
     trainer = prepared(f"{NAME}_{epochs}epochs", schedule=schedule)
     trainer.initialize()
     indices = [trainer.phase_index(epoch) for epoch in range(epochs)]
-    assert indices == sorted(indices) and indices[-1] == 2
+    last = len(SCHEDULES[schedule]) - 1
+    assert indices == sorted(indices) and indices[-1] == last
     if epochs == 350:
-        lengths = [indices.count(index) for index in range(3)]
-        assert lengths == {"paper": [200, 100, 50], "published": [150, 150, 50]}[schedule]
+        lengths = [indices.count(index) for index in range(last + 1)]
+        expected = {"paper": [200, 100, 50], "published": [150, 150, 50], "guided": [262, 53, 17, 18]}
+        assert lengths == expected[schedule]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -190,22 +201,33 @@ def test_each_phase_changes_what_learns_in_it_and_nothing_else(prepared, schedul
         start(trainer, epoch)
         batch = batch or next(trainer.dataloader_train)
         before = state(trainer)
+        calls = count_calls(trainer.network.backbone.encoder.stages[0])
         assert np.isfinite(trainer.train_step(batch)["loss"])
+        assert bool(calls) == phase.segments
         assert changed_parts(trainer, before) == phase.learns, phase.name
         rates = {group["part"]: group["lr"] for group in trainer.optimizer.param_groups}
         assert {part for part, rate in rates.items() if rate > 0} == phase.learns
         assert bool(trainer.network.is_quantised) == phase.quantised
 
 
-def test_the_learning_rate_rises_then_falls(prepared):
-    trainer = prepared(f"{NAME}_100epochs")
+def test_each_parts_learning_rate_rises_and_falls_over_its_own_epochs(prepared):
+    trainer = prepared(f"{NAME}_350epochs")
     trainer.initialize()
-    rates = []
-    for epoch in range(100):
+    rates = {part: [] for part in PARTS}
+    for epoch in range(350):
         trainer.lr_scheduler.step(epoch)
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
-    assert rates[:5] == pytest.approx([2e-4 * (e + 1) / 5 * (1 - e / 100) ** 0.9 for e in range(5)])
-    assert max(rates) == rates[4] and rates[5:] == pytest.approx([2e-4 * (1 - e / 100) ** 0.9 for e in range(5, 100)])
+        for group in trainer.optimizer.param_groups:
+            rates[group["part"]].append(group["lr"])
+
+    def expected(own):
+        decay = [2e-4 * (1 - done / own) ** 0.9 for done in range(own)]
+        return [rate * min(1, (done + 1) / (own // 20)) for done, rate in enumerate(decay)]
+
+    assert rates["segmentation"] == pytest.approx(expected(350))
+    assert rates["policy"] == pytest.approx([*expected(250)[:200], *[0] * 100, *expected(250)[200:]])
+    assert rates["position"] == rates["selectors"] == pytest.approx([*[0] * 200, *expected(150)])
+    trainer.lr_scheduler.step(-1)  # PyTorch's way to say "the next one"
+    assert trainer.optimizer.param_groups[0]["lr"] == rates["segmentation"][trainer.lr_scheduler.ctr - 1]
 
 
 @pytest.mark.parametrize("kind", LABELS)
