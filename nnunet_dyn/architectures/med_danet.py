@@ -58,6 +58,7 @@ class Phase:
         cost: whether the cost is part of the loss.
         segments: whether anything is segmented; if not, what decides learns from guidance alone, at a fraction of the
             time.
+        rate: of learning, relative to the trainer's.
 
     Every choice that runs counts in the loss, and while the policy learns, so does what it mixes.
     """
@@ -69,6 +70,7 @@ class Phase:
     quantised: bool
     cost: bool
     segments: bool = True
+    rate: float = 1.0
 
 
 #: The parts that a :class:`Phase` may train.
@@ -89,7 +91,7 @@ SCHEDULES: dict[str, tuple[Phase, ...]] = {
         Phase("policy", 50 / 350, frozenset({"policy"}), False, True, True),
     ),
     "guided": (
-        Phase("deciding", 0.75, frozenset({"policy", "position"}), False, False, False, segments=False),
+        Phase("deciding", 0.75, frozenset({"policy", "position"}), False, False, False, segments=False, rate=5.0),
         Phase("full precision", 0.15, frozenset({"segmentation", "policy", "position"}), False, False, True),
         Phase("bits", 0.05, frozenset({"segmentation", "position", "selectors"}), False, True, True),
         Phase("everything", 0.05, frozenset(PARTS), False, True, True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, combinations, product
@@ -84,12 +85,13 @@ class PartPolyLR(PolyLRScheduler):
 
     Args:
         optimizer: its groups say their ``part``.
-        epochs: those in which each part learns; in the others its rate is 0.
+        phases: of each epoch; where a part does not learn, its rate is 0.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, initial_lr: float, epochs: dict[str, list[int]]):
-        self.epochs = epochs
-        super().__init__(optimizer, initial_lr, max(map(len, epochs.values())))
+    def __init__(self, optimizer: torch.optim.Optimizer, initial_lr: float, phases: Sequence[Phase]):
+        self.phases = phases
+        self.epochs = {part: [epoch for epoch, phase in enumerate(phases) if part in phase.learns] for part in PARTS}
+        super().__init__(optimizer, initial_lr, len(phases))
 
     def step(self, current_step: int | None = None) -> None:
         if current_step in (None, -1):
@@ -98,7 +100,7 @@ class PartPolyLR(PolyLRScheduler):
             own = self.epochs[group["part"]]
             done, rise = bisect_left(own, current_step), max(1, len(own) // 20)
             rate = self.initial_lr * (1 - done / max(1, len(own))) ** self.exponent * min(1, (done + 1) / rise)
-            group["lr"] = rate if current_step in own else 0.0
+            group["lr"] = rate * self.phases[current_step].rate if current_step in own else 0.0
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
@@ -164,9 +166,8 @@ class MedDANetTrainer(DynTrainer):
             if name in parts
         ]
         optimizer = torch.optim.Adam(groups, self.initial_lr, weight_decay=self.weight_decay)
-        learning = [self.schedule[self.phase_index(epoch)].learns for epoch in range(self.num_epochs)]
-        epochs = {part: [epoch for epoch, learns in enumerate(learning) if part in learns] for part in parts}
-        return optimizer, PartPolyLR(optimizer, self.initial_lr, epochs)
+        phases = [self.schedule[self.phase_index(epoch)] for epoch in range(self.num_epochs)]
+        return optimizer, PartPolyLR(optimizer, self.initial_lr, phases)
 
     # --- phases ---
 
