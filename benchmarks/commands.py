@@ -38,14 +38,14 @@ def memory(processes: list[int]) -> int:
 def measure(command: Sequence[object]) -> tuple[float, float, int]:
     """Seconds, CPU seconds and peak bytes of ``command`` with its children.
 
-    The peak is the largest sum of the proportional set sizes, sampled ten times a second; Linux only.
+    The peak is the largest sum of the proportional set sizes, sampled once a second, so that this takes no time from the command; Linux only.
     """
     peak = 0
     done = threading.Event()
 
     def watch(root: int) -> None:
         nonlocal peak
-        while not done.wait(0.1):
+        while not done.wait(1.0):
             peak = max(peak, memory(tree(root)))
 
     start, cpu = time.perf_counter(), cpu_seconds()

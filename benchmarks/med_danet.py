@@ -2,7 +2,8 @@
 
 Everything goes through the commands of nnU-Net and of this package, in ``folder``: data are generated (or taken from
 ``--dataset``), planned and preprocessed, each row is trained on fold 0, held-out cases are predicted and evaluated.
-What is done already is not done again. Example:
+What is done already is not done again, so a folder is for one set of arguments. The rows that decide take the schedule
+``guided`` (docs/med_danet.md) for four times the epochs: all rows segment equally often. Example:
 
     python benchmarks/med_danet.py work --output benchmarks/results/med_danet.json
 """
@@ -95,15 +96,15 @@ def train(name: str, row: str, args: argparse.Namespace) -> Path:
     trainer = f"nnUNetTrainerMedDANetV2_{epochs}epochs_{args.iterations}iters"
     model = Path(os.environ["nnUNet_results"], name, f"{trainer}__{PLANS}__2d_{row}")
     if not (model / "fold_0" / "validation" / "summary.json").exists():
-        more = ["--c"] if (model / "fold_0" / "checkpoint_latest.pth").exists() else []
+        more = ["--c"] if any(model.glob("fold_0/checkpoint_*.pth")) else []
         command("nnUNetv2_train", name, f"2d_{row}", 0, "-p", PLANS, "-tr", trainer, "-device", "cpu", *more)
     return model
 
 
-def evaluate(name: str, model: Path, row: str) -> dict:
+def evaluate(name: str, model: Path) -> dict:
     """Dice and costs on the held-out cases, of every pass that nnU-Net's predictor makes."""
     raw = Path(os.environ["nnUNet_raw"], name)
-    output = model.parent / f"predicted_{row}"
+    output = model / "held_out"
     if not (output / "summary.json").exists():
         images = ["-i", raw / "imagesTs", "-o", output, "-m", model, "-f", 0, "-device", "cpu", "-npp", 1, "-nps", 1]
         command("nnUNetv2_predict_from_modelfolder", *images)
@@ -124,9 +125,9 @@ def costs(raw: Path, model: Path) -> dict:
     """What nnU-Net's predictor makes the network decide on the held-out cases, where every flip decides for itself.
 
     Returns:
-        ``costs``: shares, bits and multiply-accumulates (times bits / 32) per slice and pass. ``coverage``: of every
-        class, the share of its voxels that no pass skips or crops away, the least of a case, and components of ten
-        voxels or more of which nothing is left.
+        ``costs``: shares, bits and multiply-accumulates (times bits / 32) per tile and pass. ``coverage``: of every
+        class, the share of its voxels that no tile skips or crops away in any pass, the least of a case, and
+        components of ten voxels or more of which nothing is left.
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False)
@@ -147,20 +148,20 @@ def costs(raw: Path, model: Path) -> dict:
         data, segmentation, _ = preprocessor.run_case(
             list(map(str, files)), str(label_file), predictor.plans_manager, configuration, predictor.dataset_json
         )
-        if any(size > side for size, side in zip(data.shape[2:], patch, strict=True)):
-            raise SystemExit(f"{label_file.name} is larger than a patch; coverage is counted for slices of one tile.")
+        padded = pad_nd_image(np.asarray(data), patch, "constant", {"constant_values": 0})
+        target = pad_nd_image(np.asarray(segmentation[0]), patch, "constant", {"constant_values": 0})
+        tiles = predictor._internal_get_sliding_window_slicers(padded.shape[1:])
         network.decisions = []
         predictor.predict_sliding_window_return_logits(torch.from_numpy(np.asarray(data)).float())
         decisions, network.decisions = network.decisions, None
         decided += decisions
-        covered = np.ones((data.shape[1], *patch), bool)
+        covered = np.ones(target.shape, bool)
         for index, decision in enumerate(decisions):
             one = decision.mirrored(passes[index % len(passes)], patch)
             kept = np.zeros(patch, bool)
             if one.action != "skip":
                 kept[tuple(slice(*side) for side in one.box) if one.box else ...] = True
-            covered[index // len(passes)] &= kept
-        target = pad_nd_image(np.asarray(segmentation[0]), patch, "constant", {"constant_values": 0})
+            covered[tiles[index // len(passes)][1:]] &= kept
         for label in classes:
             is_class = np.isin(target, label)
             voxels[str(label)].append((int((is_class & covered).sum()), int(is_class.sum())))
@@ -175,7 +176,7 @@ def costs(raw: Path, model: Path) -> dict:
         "costs": mean | {"static_gmacs": static, "relative": mean["gmacs"] / static, "passes": len(decided)},
         "coverage": {
             "of_class": {
-                label: sum(kept for kept, _ in cases) / max(1, sum(total for _, total in cases))
+                label: sum(kept for kept, _ in cases) / total if (total := sum(total for _, total in cases)) else None
                 for label, cases in voxels.items()
             },
             "worst_case": {label: min(of_cases, default=None) for label, of_cases in shares.items()},
@@ -202,11 +203,17 @@ def main() -> None:
     for variable in ("raw", "preprocessed", "results"):
         (args.folder / variable).mkdir(parents=True, exist_ok=True)
         os.environ[f"nnUNet_{variable}"] = str(args.folder.absolute() / variable)
+    generated = () if args.dataset is None else ("train", "slices", "size")
+    own = {"folder", "dataset", "output", "rows", *generated}
+    settings = {key: value for key, value in vars(args).items() if key not in own} | {"options": ROWS}
+    kept = args.folder / "settings.json"
+    if kept.exists() and json.loads(kept.read_text()) != settings:
+        raise SystemExit(f"{kept} has other settings than these arguments; take another folder.")
+    kept.write_text(json.dumps(settings))
     name = prepare(args)
-    settings = {key: value for key, value in vars(args).items() if key not in ("folder", "dataset", "output", "rows")}
     result = {"machine": machine.describe(), "dataset": name, "settings": settings, "rows": {}}
     for row in args.rows:
-        result["rows"][row] = evaluate(name, train(name, row, args), row)
+        result["rows"][row] = {"options": ROWS[row]} | evaluate(name, train(name, row, args))
         print(row, json.dumps(result["rows"][row]), flush=True)
         if args.output:
             args.output.write_text(json.dumps(result, indent=1) + "\n")

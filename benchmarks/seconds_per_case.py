@@ -1,8 +1,8 @@
 """Commands that predict, beside each other on the same images: seconds per case, start-up, memory.
 
 Seconds per case are (time for n cases - time for 1) / (n - 1), so that start-up does not hide the work; it is reported
-beside them. Each command gets ``-i`` and ``-o``. Ratios are to the first one. The rows are run in turn, for one case
-and then for all. Example:
+beside them; the time for one case is the median of ``--repeats`` runs. Each command gets ``-i`` and ``-o``. Ratios are to
+the first one. The rows are run in turn, for one case and then for all. Example:
 
     python benchmarks/seconds_per_case.py imagesTs \\
         --row stock "nnUNetv2_predict_from_modelfolder -m STOCK -f 0 -device cpu" \\
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shlex
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("images", type=Path, help="folder of nnU-Net's images")
     parser.add_argument("--row", nargs=2, action="append", required=True, metavar=("NAME", "COMMAND"))
     parser.add_argument("--cases", type=int, default=20, help="n (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="of the run on one case (default: %(default)s)")
     parser.add_argument("--ending", default=".nii.gz")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -43,8 +45,11 @@ def main() -> None:
                 for image in cases[case]:
                     os.symlink(image.absolute(), folder / f"images_{count}" / image.name)
             for row, command in args.row:
-                flags = ["-i", folder / f"images_{count}", "-o", folder / f"{row}_{count}"]
-                measured[row][count] = measure([*shlex.split(command), *flags])
+                runs = []
+                for repeat in range(args.repeats if count == 1 else 1):
+                    flags = ["-i", folder / f"images_{count}", "-o", folder / f"{row}_{count}_{repeat}"]
+                    runs.append(measure([*shlex.split(command), *flags]))
+                measured[row][count] = tuple(statistics.median(values) for values in zip(*runs, strict=True))
                 print(row, count, [round(value, 2) for value in measured[row][count][:2]], flush=True)
     rows = {}
     for row, command in args.row:
