@@ -38,7 +38,8 @@ def memory(processes: list[int]) -> int:
 def measure(command: Sequence[object]) -> tuple[float, float, int]:
     """Seconds, CPU seconds and peak bytes of ``command`` with its children.
 
-    The peak is the largest sum of the proportional set sizes, sampled once a second, so that this takes no time from the command; Linux only.
+    The peak is the largest sum of the proportional set sizes, sampled once a second, so that this takes hardly any time
+    from the command; Linux only.
     """
     peak = 0
     done = threading.Event()

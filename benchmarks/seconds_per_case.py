@@ -1,8 +1,8 @@
 """Commands that predict, beside each other on the same images: seconds per case, start-up, memory.
 
 Seconds per case are (time for n cases - time for 1) / (n - 1), so that start-up does not hide the work; it is reported
-beside them; the time for one case is the median of ``--repeats`` runs. Each command gets ``-i`` and ``-o``. Ratios are to
-the first one. The rows are run in turn, for one case and then for all. Example:
+beside them; the time for one case is the median of ``--repeats`` runs. Each command gets ``-i`` and ``-o``. Ratios are
+to the first one. The rows are run in turn, for one case and then for all. Example:
 
     python benchmarks/seconds_per_case.py imagesTs \\
         --row stock "nnUNetv2_predict_from_modelfolder -m STOCK -f 0 -device cpu" \\
