@@ -1,0 +1,115 @@
+"""A cascade in one call: the same as in two, with the first stage's segmentations as files between them."""
+
+import json
+import shutil
+
+import models
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from nnunet_dyn import cli
+from nnunet_dyn.errors import UsageError
+from nnunet_dyn.inference import Predictor
+from nnunet_dyn.inference.model_folder import first_stage_folder
+
+SPACING = (1.2, 1.0, 0.9)
+NAMES = ["nnUNetTrainer__nnUNetPlans__3d_lowres", "nnUNetTrainer__nnUNetPlans__3d_cascade_fullres"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A cascade of two untrained networks at different spacings, with folds 0 and 1 of both."""
+    folder = tmp_path_factory.mktemp("results") / "Dataset999_Test"
+    models.write_model(folder / NAMES[0], folds=2, spacing=(1.7, 1.5, 1.4))
+    models.write_model(folder / NAMES[1], folds=2, spacing=(1.2, 1, 1), previous_stage=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    arrays = {f"case_{n}": models.image((17, 20 + n, 22), seed=n) for n in range(2)}
+    return models.write_cases(tmp_path_factory.mktemp("data") / "images", arrays, SPACING)
+
+
+def predict(model, images, output, *flags) -> int:
+    return cli.main(["predict", "-m", str(model), "-i", str(images), "-o", str(output), "-device", "cpu",
+                     *map(str, flags)])  # fmt: skip
+
+
+def labels(folder):
+    return {path.name: sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in sorted(folder.glob("*.nii.gz"))}
+
+
+def test_one_call_gives_what_two_give(results, images, tmp_path, monkeypatch, capsys):
+    assert predict(results / NAMES[0], images, tmp_path / "first", "-f", 1) == 0
+    flags = ("-f", 1, "-prev_stage_predictions", tmp_path / "first")
+    assert predict(results / NAMES[1], images, tmp_path / "two", *flags) == 0
+    assert "first stage" not in capsys.readouterr().err
+    monkeypatch.setenv("nnUNet_results", str(results.parent))
+    by_name = ["predict", "-d", "Dataset999_Test", "-c", "3d_cascade_fullres", "-f", "1", "-device", "cpu", "--json"]
+    assert cli.main([*by_name, "-i", str(images), "-o", str(tmp_path / "one")]) == 0
+    shown = capsys.readouterr()
+    assert f"first stage: {results / NAMES[0]}, -f 1\n" in shown.err
+    assert json.loads(shown.out)["first_stage"] == {"model": str(results / NAMES[0]), "folds": [1]}
+    one, two, first = (labels(tmp_path / name) for name in ("one", "two", "first"))
+    assert list(one) == list(two) == ["case_0.nii.gz", "case_1.nii.gz"]
+    for name in one:
+        assert np.array_equal(one[name], two[name]) and len(np.unique(one[name])) > 2
+        assert not np.array_equal(one[name], first[name])
+
+
+def test_the_first_stage_matters_and_arrays_are_predicted_likewise(results):
+    predictor, first = (Predictor.from_folder(results / name, [0], device="cpu") for name in reversed(NAMES))
+    array = models.image((17, 20, 22))
+    before = first.predict(array, SPACING).segmentation
+    assert before.dtype == np.uint8
+    one, two, other = (
+        predictor.predict(array, SPACING, previous_stage=given) for given in (None, before, np.zeros_like(before))
+    )
+    assert np.array_equal(one.segmentation, two.segmentation)
+    assert not np.array_equal(one.segmentation, other.segmentation)
+    assert all(one.seconds[stage] > 0 for stage in ("preprocess", "network", "export"))
+    data = [predictor.preprocess([array], {"spacing": SPACING}, given)[0] for given in (None, before[None])]
+    assert torch.equal(*data) and len(data[0]) == 5
+
+
+def test_folds_that_the_first_stage_has_not(results, tmp_path):
+    """All that there are, and none of them where the checkpoint is not there."""
+    for name in NAMES:
+        shutil.copytree(results / name, tmp_path / name)
+    shutil.rmtree(tmp_path / NAMES[0] / "fold_0")
+    segmentor = tmp_path / NAMES[1]
+    loaded = Predictor.from_folder(segmentor, [0], device="cpu")
+    assert (loaded.folds, loaded.first_stage.folds) == ((0,), (1,))
+    assert Predictor.from_folder(segmentor, device="cpu").first_stage.folds == (1,)
+    assert Predictor.from_folder(segmentor, [1], device="cpu", first_stage=False).first_stage is None
+    assert loaded.first_stage.first_stage is None
+
+
+@pytest.mark.parametrize("missing", ["folder", "checkpoint"])
+def test_without_a_first_stage_there_are_two_remedies(results, images, tmp_path, capsys, missing):
+    shutil.copytree(results / NAMES[1], tmp_path / NAMES[1])
+    if missing == "checkpoint":
+        (tmp_path / NAMES[0] / "fold_0").mkdir(parents=True)
+    assert predict(tmp_path / NAMES[1], images, tmp_path / "out", "-f", 0) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "-prev_stage_predictions" in message and str(tmp_path / NAMES[0]) in message
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="expected the first one, 3d_lowres"):
+        Predictor.from_folder(tmp_path / NAMES[1], [0], device="cpu").predict(models.image((9, 9, 9)), (1, 1, 1))
+
+
+def test_a_broken_first_stage_is_one_line_before_any_case(results, images, tmp_path, capsys):
+    for name in NAMES:
+        shutil.copytree(results / name, tmp_path / name)
+    checkpoint = tmp_path / NAMES[0] / "fold_0" / "checkpoint_final.pth"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:999])
+    assert predict(tmp_path / NAMES[1], images, tmp_path / "out", "-f", 0) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and str(checkpoint) in message and not (tmp_path / "out").exists()
+
+
+def test_the_first_stage_stands_beside_the_second(tmp_path):
+    assert first_stage_folder(tmp_path / "T__P__3d_roi", "3d_detect") == tmp_path.resolve() / "T__P__3d_detect"
