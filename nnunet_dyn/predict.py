@@ -167,6 +167,7 @@ def _report_case(number: int, total: int, outcome: Outcome) -> None:
         totals = outcome.decisions.totals()
         shares = [f"{100 * share:.0f} % {action}" for action, share in totals["shares"].items()]
         result += f"; {', '.join(shares)}" + (f"; review {totals['review']}" if totals["review"] else "")
+        result += "".join(f"; {warning}" for warning in outcome.decisions.warnings)
     print(f"[{number}/{total}] {outcome.case}: {result}", file=sys.stderr, flush=True)
 
 
@@ -198,7 +199,9 @@ def _summary(predictor: Predictor, folder: Path, outcomes: list[Outcome], startu
                 "output": None if outcome.error else str(outcome.output),
                 "seconds": {stage: round(value, 3) for stage, value in outcome.seconds.items()},
                 "error": outcome.error,
-                "decisions": outcome.decisions and {"review": outcome.decisions.review} | outcome.decisions.totals(),
+                "decisions": outcome.decisions
+                and {"review": outcome.decisions.review, "warnings": list(outcome.decisions.warnings)}
+                | outcome.decisions.totals(),
             }
             for outcome in outcomes
         ],

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 
@@ -47,6 +47,8 @@ CONSTANT_TILES = 4
 DECIDED_VOXELS = 2**20
 # Where the decisions of a case go, inside the output folder: nnU-Net's other commands do not look into folders.
 DECISIONS = "decisions"
+#: Of a cascade that segments nothing else than what the first stage has found.
+NOTHING_FOUND = "The first stage found nothing in the image, so nothing was segmented."
 
 
 @dataclass(frozen=True)
@@ -511,13 +513,17 @@ class Predictor(nnUNetPredictor):
 
         Adds to ``seconds``, takes the array out of ``image`` to free it, and draws the decisions into ``picture``.
         """
+        before = None
         if previous_stage is None and self.first_stage is not None:
-            previous_stage = self._segment_first(image[0], properties, seconds)
+            previous_stage, before = self._segment_first(image[0], properties, seconds)
+        is_empty = previous_stage is not None and not (previous_stage > 0).any()
         with _timed(seconds, "preprocess"):
             data, properties = self.preprocess(image, properties, previous_stage)
         with _timed(seconds, "network"):
             logits = self.predict_logits_from_preprocessed_data(data)
         decisions = self._case_decisions(tuple(data.shape[1:]), properties)
+        if decisions is not None:
+            decisions = replace(decisions, warnings=(NOTHING_FOUND,) * is_empty, first_stage=before)
         with _timed(seconds, "export"), self._threads():
             if picture is not None:
                 plot_decisions(data[0].numpy(), self._labels(logits), decisions, picture)
@@ -532,9 +538,12 @@ class Predictor(nnUNetPredictor):
             )
         return segmentation, probabilities, decisions
 
-    def _segment_first(self, image: np.ndarray, properties: dict, seconds: dict[str, float]) -> np.ndarray:
-        """(1, z, y, x) labels by the first stage, which has its own preprocessing and its own properties."""
-        return self.first_stage._predict_case([image], dict(properties), None, seconds, None)[0][None]
+    def _segment_first(
+        self, image: np.ndarray, properties: dict, seconds: dict[str, float]
+    ) -> tuple[np.ndarray, CaseDecisions | None]:
+        """(1, z, y, x) labels by the first stage, which has its own preprocessing and properties, and its decisions."""
+        labels, _, decisions = self.first_stage._predict_case([image], dict(properties), None, seconds, None)
+        return labels[None], decisions
 
     def preprocess(
         self, image: list[np.ndarray], properties: dict, previous_stage: np.ndarray | None = None
@@ -550,7 +559,7 @@ class Predictor(nnUNetPredictor):
             JobError: an image that this model cannot take.
         """
         if previous_stage is None and self.first_stage is not None:
-            previous_stage = self._segment_first(image[0], properties, {})
+            previous_stage, _ = self._segment_first(image[0], properties, {})
         self._check_image(image[0], previous_stage)
         if previous_stage is not None:  # as nnU-Net's readers have it; the preprocessor writes -1 into it
             previous_stage = previous_stage.astype(np.float32)
