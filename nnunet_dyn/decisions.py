@@ -123,6 +123,8 @@ class CaseDecisions:
         axes: of the image, in the preprocessed order.
         mirrored_copies: in how many each decision was executed, the tile itself included.
         everything_macs: multiply-accumulates of one tile on which everything is computed once.
+        warnings: what is wrong with the case as a whole, a sentence each.
+        first_stage: of a cascade whose first stage was predicted, too, what that decided; ``None`` if it does not.
     """
 
     folds: tuple[tuple[TileDecision, ...], ...]
@@ -132,6 +134,8 @@ class CaseDecisions:
     axes: tuple[int, ...]
     mirrored_copies: int
     everything_macs: float
+    warnings: tuple[str, ...] = ()
+    first_stage: CaseDecisions | None = None
 
     @property
     def tiles(self) -> tuple[TileDecision, ...]:
@@ -140,7 +144,7 @@ class CaseDecisions:
 
     @property
     def review(self) -> bool:
-        return any(tile.decision.review for tile in self.tiles)
+        return bool(self.warnings) or any(tile.decision.review for tile in self.tiles)
 
     def to_image(self, box: Box) -> Box:
         """The voxels of the image, in its own order of axes, that ``box`` of the preprocessed one lies in."""
@@ -170,6 +174,7 @@ class CaseDecisions:
             "version": FORMAT_VERSION,
             "case": case,
             "review": self.review,
+            "warnings": list(self.warnings),
             "image_shape": list(self.image_shape),
             "preprocessed_shape": list(self.shape),
             "mirrored_copies": self.mirrored_copies,
@@ -179,6 +184,7 @@ class CaseDecisions:
                 {"totals": self.totals(tiles), "decisions": [self._tile_json(tile) for tile in tiles]}
                 for tiles in self.folds
             ],
+            **({"first_stage": self.first_stage.to_json(case)} if self.first_stage else {}),
         }
 
     def _tile_json(self, tile: TileDecision) -> dict:

@@ -51,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("-step_size", type=float, default=0.5, metavar="X", help="of the patch (default: %(default)s)")
     how.add_argument("--disable_tta", action="store_true", help="no mirrored copies")
     how.add_argument("--not_on_device", action="store_true", help="keep the logits off the GPU")
-    how.add_argument("-prev_stage_predictions", metavar="DIR", type=Path, help="of a cascade's first stage")
+    how.add_argument(
+        "-prev_stage_predictions",
+        metavar="DIR",
+        type=Path,
+        help="of a cascade's first stage, instead of its model beside this one",
+    )
     what = parser.add_argument_group("what to predict and to write")
     what.add_argument("--save_probabilities", action="store_true", help="for nnUNetv2_ensemble")
     what.add_argument(
@@ -105,7 +110,11 @@ def run(args: argparse.Namespace) -> int:
             perform_everything_on_device=not args.not_on_device,
             verbose=args.verbose,
             progress=not args.disable_progress_bar,
+            first_stage=args.prev_stage_predictions is None,
         )
+        if (before := predictor.first_stage) is not None:
+            folds = " ".join(map(str, before.folds))
+            print(f"first stage: {before.folder}, -f {folds}", file=sys.stderr, flush=True)
         ready = time.perf_counter()
         outcomes = predictor.predict_files(
             args.i,
@@ -158,6 +167,7 @@ def _report_case(number: int, total: int, outcome: Outcome) -> None:
         totals = outcome.decisions.totals()
         shares = [f"{100 * share:.0f} % {action}" for action, share in totals["shares"].items()]
         result += f"; {', '.join(shares)}" + (f"; review {totals['review']}" if totals["review"] else "")
+        result += "".join(f"; {warning}" for warning in outcome.decisions.warnings)
     print(f"[{number}/{total}] {outcome.case}: {result}", file=sys.stderr, flush=True)
 
 
@@ -174,6 +184,8 @@ def _summary(predictor: Predictor, folder: Path, outcomes: list[Outcome], startu
         "device": predictor.device.type,
         "threads": predictor.engine.threads,
         "folds": predictor.engine.folds,
+        "first_stage": predictor.first_stage
+        and {"model": str(predictor.first_stage.folder), "folds": list(predictor.first_stage.folds)},
         "failed": sum(outcome.error is not None for outcome in outcomes),
         "seconds_startup": round(startup, 3),
         "seconds": round(wall, 3),
@@ -187,7 +199,9 @@ def _summary(predictor: Predictor, folder: Path, outcomes: list[Outcome], startu
                 "output": None if outcome.error else str(outcome.output),
                 "seconds": {stage: round(value, 3) for stage, value in outcome.seconds.items()},
                 "error": outcome.error,
-                "decisions": outcome.decisions and {"review": outcome.decisions.review} | outcome.decisions.totals(),
+                "decisions": outcome.decisions
+                and {"review": outcome.decisions.review, "warnings": list(outcome.decisions.warnings)}
+                | outcome.decisions.totals(),
             }
             for outcome in outcomes
         ],

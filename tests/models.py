@@ -69,8 +69,9 @@ def write_model(
     channels: int = 1,
     trainer: str = "nnUNetTrainer",
     mirroring: Sequence[int] | None = (0, 1, 2),
-    previous_stage: bool = False,
+    previous_stage: bool | str = False,
     template: str | None = None,
+    part: str | None = None,
     arch_kwargs: dict | None = None,
     prepare: Callable[[torch.nn.Module], None] | None = None,
     **options,
@@ -78,19 +79,23 @@ def write_model(
     """Write a model folder with random weights; ``options`` are those of ``plans``.
 
     Args:
-        template, arch_kwargs: whose network it is, and arguments of it.
+        previous_stage: its name, or whether it is 3d_lowres.
+        template, part, arch_kwargs: whose network it is, of a template of several the configuration, and arguments.
         prepare: changes the network before it is written; without it its classes are made to win equally often.
     """
     content, description = plans(channels=channels, **options), dataset(labels, channels)
     (configuration,) = content["configurations"]
     if template is not None:
         planned = content["configurations"][configuration]
-        architecture = derived_architecture(load_template(template), planned["architecture"])
+        chosen = load_template(template) if part is None else load_template(template).parts[part]
+        architecture = derived_architecture(chosen, planned["architecture"], planned["patch_size"], channels)
         architecture["arch_kwargs"] |= arch_kwargs or {}
-        source, configuration = configuration, f"{configuration}_{template}"
+        source, configuration = configuration, part or f"{configuration}_{template}"
         content["configurations"][configuration] = {"inherits_from": source, "architecture": architecture}
     if previous_stage:
-        content["configurations"][configuration]["previous_stage"] = "3d_lowres"
+        content["configurations"][configuration]["previous_stage"] = (
+            previous_stage if isinstance(previous_stage, str) else "3d_lowres"
+        )
     manager = PlansManager(content)
     inputs = determine_num_input_channels(manager, configuration, description)
     folder.mkdir(parents=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar
 
@@ -19,6 +19,9 @@ import torch
 from scipy import ndimage
 from scipy.sparse.csgraph import connected_components
 from torch import nn
+
+from nnunet_dyn.accounting import count_operations
+from nnunet_dyn.decisions import EVERYTHING_ON
 
 #: Per axis the first voxel and the one behind the last.
 Box = tuple[tuple[int, int], ...]
@@ -50,6 +53,43 @@ class Detection:
             raise ValueError(f"box got {self.box}; expected start < stop on every axis.")
         if not 0 <= self.score <= 1:
             raise ValueError(f"score got {self.score}; expected 0 to 1.")
+
+
+@dataclass(frozen=True)
+class DetectorDecision:
+    """What a detector has found in one tile, all of which it looks at.
+
+    Attributes:
+        boxes: of each detection, with the margin, in voxels of the tile.
+        classes, scores: of each detection.
+        cost: multiply-accumulates as in :mod:`nnunet_dyn.accounting`.
+        review: never.
+    """
+
+    boxes: tuple[Box, ...] = ()
+    classes: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    cost: float = 0.0
+    review: bool = False
+    action: ClassVar[str] = "detect"
+
+    def computed(self, size: tuple[int, ...]) -> tuple[Box, ...]:
+        """The boxes, which are what is worth recording of a detector."""
+        return self.boxes
+
+    def mirrored(self, axes: Sequence[int], size: tuple[int, ...]) -> DetectorDecision:
+        """The same for the tile of ``size`` voxels flipped along ``axes``, 0 for its first spatial one."""
+        return replace(self, boxes=tuple(mirrored_box(box, axes, size) for box in self.boxes))
+
+    def to_json(self) -> dict:
+        """The fields but for the boxes; ``macs`` is the cost."""
+        return {
+            "action": self.action,
+            "classes": list(self.classes),
+            "scores": [round(score, 6) for score in self.scores],
+            "macs": round(self.cost),
+            "review": self.review,
+        }
 
 
 # --- boxes of a segmentation ---------------------------------------------------------------------------------------
@@ -141,6 +181,18 @@ def enlarge(box: Box, margin: int | Sequence[int], shape: Sequence[int]) -> Box:
     )
 
 
+def mirrored_box(box: Box, axes: Sequence[int], size: Sequence[int]) -> Box:
+    """``box`` in the tile of ``size`` voxels flipped along ``axes``.
+
+    >>> mirrored_box(((1, 3), (0, 4)), (0,), (8, 8))
+    ((5, 7), (0, 4))
+    """
+    return tuple(
+        (size[axis] - stop, size[axis] - start) if axis in axes else (start, stop)
+        for axis, (start, stop) in enumerate(box)
+    )
+
+
 def jitter(box: Box, shape: Sequence[int], rng: np.random.Generator, shrink: float = 0.05, grow: float = 0.25) -> Box:
     """``box`` as an imperfect detector would give it: each side moves on its own, so position and size change.
 
@@ -220,7 +272,8 @@ class DetectorNetwork(nn.Module, ABC):
     """A network that finds boxes in a patch; as nnU-Net sees it, one that segments them.
 
     In training mode :meth:`forward` returns what :meth:`loss` takes. In evaluation mode it returns logits
-    ``(B, num_classes, *patch)`` with the boxes rendered, enlarged by ``margin``.
+    ``(B, num_classes, *patch)`` with the boxes rendered, enlarged by ``margin``. In two steps, :meth:`decide` detects
+    and :meth:`execute` renders.
 
     Args:
         patch_size: voxels per axis that the network is trained on.
@@ -251,6 +304,7 @@ class DetectorNetwork(nn.Module, ABC):
         self.register_buffer("margin", torch.zeros(len(self.patch_size), dtype=torch.long))
         self.register_buffer("score_threshold", torch.tensor(0.5))
         self.detections: list[dict[int, list[Detection]]] | None = None
+        self._counts: dict[tuple[int, ...], int] = {}
 
     def set_labels(self, regions: bool, ignored: int | None) -> None:
         """Say whether the classes are regions, none of which is the background, and which label is ignored."""
@@ -295,17 +349,45 @@ class DetectorNetwork(nn.Module, ABC):
         found = self.detect(x)
         if self.detections is not None:
             self.detections.extend(found)
-        margin, shape = self.margin.tolist(), x.shape[2:]
-        rendered = [
-            render_boxes(
-                {label: [enlarge(one.box, margin, shape) for one in each] for label, each in sample.items()},
-                shape,
-                self.num_classes,
-                self.has_regions,
-            )
-            for sample in found
-        ]
-        return torch.stack(rendered).to(x.device)
+        return self.execute(x, [self._decision(sample, x.shape[2:]) for sample in found])[0]
+
+    def decide(self, x: torch.Tensor) -> list[DetectorDecision]:
+        """The boxes in each sample of ``x: (B, input_channels, *patch)``."""
+        shape = tuple(x.shape[2:])
+        cost = float(self.operations(DetectorDecision(), shape))
+        return [replace(self._decision(sample, shape), cost=cost) for sample in self.detect(x)]
+
+    def _decision(self, found: Mapping[int, Sequence[Detection]], shape: Sequence[int]) -> DetectorDecision:
+        margin = self.margin.tolist()
+        pairs = [(label, one) for label, each in found.items() for one in each]
+        return DetectorDecision(
+            tuple(enlarge(one.box, margin, shape) for _, one in pairs),
+            tuple(label for label, _ in pairs),
+            tuple(float(one.score) for _, one in pairs),
+        )
+
+    def execute(
+        self, x: torch.Tensor, decisions: Sequence[DetectorDecision]
+    ) -> tuple[torch.Tensor, list[DetectorDecision]]:
+        """Logits ``(B, num_classes, *patch)`` with the boxes of each sample, and the decisions as they are."""
+        rendered = []
+        for decision in decisions:
+            boxes: dict[int, list[Box]] = {}
+            for label, box in zip(decision.classes, decision.boxes, strict=True):
+                boxes.setdefault(label, []).append(box)
+            rendered.append(render_boxes(boxes, x.shape[2:], self.num_classes, self.has_regions))
+        return torch.stack(rendered).to(x.device), list(decisions)
+
+    def profile_paths(self, patch: tuple[int, ...]) -> dict[str, DetectorDecision]:
+        """Everything: a detector leaves nothing out."""
+        return {EVERYTHING_ON: DetectorDecision(cost=float(self.operations(DetectorDecision(), patch)))}
+
+    def operations(self, decision: DetectorDecision, patch: tuple[int, ...]) -> int:
+        """Multiply-accumulates on a tile of ``patch``, whatever is found in it."""
+        if patch not in self._counts:
+            with torch.inference_mode(False):  # within it operators pass by the counter
+                self._counts[patch] = count_operations(self, (1, self.input_channels, *patch)).total
+        return self._counts[patch]
 
     @abstractmethod
     def raw(self, x: torch.Tensor) -> dict:

@@ -213,8 +213,8 @@ class LowResDetector(DetectorNetwork):
         those whose probability reaches the threshold."""
         outputs = self.raw(x)
         threshold = float(self.score_threshold)
-        probabilities = torch.sigmoid(outputs["mask"]).cpu().numpy()
-        sides = outputs["sides"].cpu().numpy()
+        probabilities = torch.sigmoid(outputs["mask"].float()).cpu().numpy()  # numpy has no bf16
+        sides = outputs["sides"].float().cpu().numpy()
         return [
             {label: self._found(sample[label], distances[label], threshold, x.shape[2:]) for label in self.classes}
             for sample, distances in zip(probabilities, sides, strict=True)

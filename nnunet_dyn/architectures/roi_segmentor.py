@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from math import ceil, log2, prod
@@ -33,7 +33,8 @@ from nnunet_dyn.architectures.blocks import fast_norm_op, to_fast_layout
 from nnunet_dyn.architectures.efficient_unet import RESIDUAL_SCALE
 from nnunet_dyn.architectures.efficientnet import per_stage
 from nnunet_dyn.architectures.fast_convs import fast_conv_op
-from nnunet_dyn.architectures.roi import OUTSIDE, Box, enlarge, mask_boxes, merge, volume
+from nnunet_dyn.architectures.roi import OUTSIDE, Box, enlarge, mask_boxes, merge, mirrored_box, volume
+from nnunet_dyn.decisions import EVERYTHING_ON, EVERYTHING_SKIPPED, SKIP
 
 Size = tuple[int, ...]
 
@@ -111,13 +112,40 @@ class ROIDecision:
         targets: the part of each crop that it is run for, the gate and its margin. Where crops overlap, this is what
             counts.
         stages: of each crop, the active stages of a network that skips some; empty for any other network.
-        macs: multiply-accumulates of the crops as in :mod:`nnunet_dyn.accounting`; ``None`` if they were not counted.
+        cost: multiply-accumulates of the crops as in :mod:`nnunet_dyn.accounting`; 0 before they are run, since looking
+            at a gate takes none.
+        review: never: a tile does not show whether its ROI was cut off by the border of the image.
     """
 
     boxes: tuple[Box, ...] = ()
     targets: tuple[Box, ...] = ()
     stages: tuple[tuple[int, ...], ...] = ()
-    macs: int | None = 0
+    cost: float = 0.0
+    review: bool = False
+
+    @property
+    def action(self) -> str:
+        return "crop" if self.boxes else SKIP
+
+    def computed(self, size: Size) -> tuple[Box, ...]:
+        """The crops."""
+        return self.boxes
+
+    def mirrored(self, axes: Sequence[int], size: Size) -> ROIDecision:
+        """The same decision for the tile of ``size`` voxels flipped along ``axes``, 0 for its first spatial one."""
+        boxes, targets = (
+            tuple(mirrored_box(box, axes, size) for box in either) for either in (self.boxes, self.targets)
+        )
+        return replace(self, boxes=boxes, targets=targets)
+
+    def to_json(self) -> dict:
+        """The fields but for the boxes; ``macs`` is the cost of one pass."""
+        return {
+            "action": self.action,
+            "stages": [list(active) for active in self.stages],
+            "macs": round(self.cost),
+            "review": self.review,
+        }
 
 
 # --- any network on its regions of interest ----------------------------------------------------------------------
@@ -147,7 +175,7 @@ class ROISegmentor(nn.Module):
         arch_kwargs: the other arguments of ``network_class``, with its ``strides`` and ``conv_op``.
 
     Attributes:
-        decisions: set it to a list, and evaluation appends the :class:`ROIDecision` of each tile.
+        decisions: set it to a list, and evaluation appends the :class:`ROIDecision` of each tile, its cost counted.
 
     Raises:
         ValueError: no gate channels, an unknown mode or network, a negative margin.
@@ -243,39 +271,37 @@ class ROISegmentor(nn.Module):
         every resolution, the largest first."""
         if x.is_meta:  # sizes and costs only: the whole patch
             return self.network(x[:, : self.image_channels])
-        is_watched = self.decisions is not None and not self.training
-        decisions = self.decide(x[:, self.image_channels :], count=is_watched)
-        if is_watched:
-            self.decisions.extend(decisions)
-        return self.execute(x, decisions)
+        decisions = self.decide(x)
+        if self.decisions is not None and not self.training:
+            self.decisions.extend(map(self._counted, decisions))
+        return self._run(x, decisions)
 
     @torch.no_grad()
-    def decide(self, gate: torch.Tensor, count: bool = True) -> list[ROIDecision]:
+    def decide(self, x: torch.Tensor) -> list[ROIDecision]:
         """What to do with each tile of a batch.
 
         Args:
-            gate: ``(B, gate channels, *patch)``; voxels above 1/2 in any channel are to be segmented.
-            count: also count the multiply-accumulates.
+            x: ``(B, input_channels, *patch)``; voxels above 1/2 in any channel of the gate are to be segmented.
         """
-        is_gate = (gate > 0.5).any(1)
+        is_gate = (x[:, self.image_channels :] > 0.5).any(1)
         has_any = is_gate.flatten(1).any(1).tolist()
-        none = ROIDecision(macs=0 if count else None)
         return [
-            self._decide(tile.cpu().numpy(), count) if has else none for tile, has in zip(is_gate, has_any, strict=True)
+            self._decide(tile.cpu().numpy()) if has else ROIDecision()
+            for tile, has in zip(is_gate, has_any, strict=True)
         ]
 
-    def _decide(self, gate: np.ndarray, count: bool) -> ROIDecision:
+    def _decide(self, gate: np.ndarray) -> ROIDecision:
         targets = merge([enlarge(box, self.margin, gate.shape) for box in mask_boxes(gate, gap=0)])
         targets = [_joint(targets)] if len(targets) > _MOST_TARGETS else self._merge(targets, gate.shape)
-        boxes = [self.crop(box, gate.shape) for box in targets]
-        sizes = [self._run_size(box) for box in boxes]
+        return self._decision([self.crop(box, gate.shape) for box in targets], targets)
+
+    def _decision(self, boxes: Sequence[Box], targets: Sequence[Box]) -> ROIDecision:
         active = getattr(self.network, "active_stages", None)
-        return ROIDecision(
-            tuple(boxes),
-            tuple(targets),
-            tuple(active(size) for size in sizes) if active else (),
-            sum(map(self.count, sizes)) if count else None,
-        )
+        stages = tuple(active(self._run_size(box)) for box in boxes) if active else ()
+        return ROIDecision(tuple(boxes), tuple(targets), stages)
+
+    def _counted(self, decision: ROIDecision) -> ROIDecision:
+        return replace(decision, cost=float(sum(self.count(self._run_size(box)) for box in decision.boxes)))
 
     def _merge(self, targets: list[Box], patch: Size) -> list[Box]:
         """Targets that overlap are one, and so are those whose crops would not be clearly smaller than a joint one."""
@@ -322,15 +348,30 @@ class ROISegmentor(nn.Module):
         cubes, smallest = self.paper_cubes
         return (2 ** (cubes - threshold_index(max(size), cubes, smallest)) * smallest,) * self.dimension
 
-    def execute(self, x: torch.Tensor, decisions: Sequence[ROIDecision]) -> torch.Tensor | list[torch.Tensor]:
+    def execute(
+        self, x: torch.Tensor, decisions: Sequence[ROIDecision]
+    ) -> tuple[torch.Tensor | list[torch.Tensor], list[ROIDecision]]:
         """Carry out one decision a tile; crops of the same size are run as one batch.
 
         Args:
             x: ``(B, input_channels, *patch)``; the gate is not looked at.
 
         Returns:
-            As :meth:`forward`.
+            What :meth:`forward` does, and the decisions with their cost.
         """
+        return self._run(x, decisions), [self._counted(decision) for decision in decisions]
+
+    def profile_paths(self, patch: Size) -> dict[str, ROIDecision]:
+        """A tile that is one ROI, and one without any."""
+        whole = tuple((0, size) for size in patch)
+        everything = self._counted(self._decision([whole], [whole]))
+        return {EVERYTHING_ON: everything, EVERYTHING_SKIPPED: ROIDecision()}
+
+    def operations(self, decision: ROIDecision, patch: Size) -> int:
+        """Multiply-accumulates of ``decision``."""
+        return round(self._counted(decision).cost)
+
+    def _run(self, x: torch.Tensor, decisions: Sequence[ROIDecision]) -> torch.Tensor | list[torch.Tensor]:
         image, full = x[:, : self.image_channels], x.shape[2:]
         groups: dict[Size, list[tuple[int, int]]] = {}
         for tile, decision in enumerate(decisions):

@@ -56,6 +56,16 @@ def available_folds(folder: Path, checkpoint: str = CHECKPOINT) -> list[int | st
     return sorted(int(name) for name in names if name.isdecimal()) or [name for name in names if name == "all"]
 
 
+def first_stage_folder(folder: Path, configuration: str) -> Path:
+    """Where nnU-Net has the model of a cascade's first stage, ``configuration``: beside ``folder``, the second one's.
+
+    >>> first_stage_folder(Path("/results/nnUNetTrainer__nnUNetPlans__3d_cascade_fullres"), "3d_lowres").as_posix()
+    '/results/nnUNetTrainer__nnUNetPlans__3d_lowres'
+    """
+    folder = folder.resolve()
+    return folder.with_name("__".join([*folder.name.split("__")[:2], configuration]))
+
+
 def load_model(folder: Path, folds: Sequence[int | str] | None = None, checkpoint: str = CHECKPOINT) -> Model:
     """Load ``folder``, which nnU-Net calls the trained model's output folder.
 

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from nnunet_dyn.inference.conversion import converted_engine
 from nnunet_dyn.inference.engines import Engine, TorchEngine, check_engine
 from nnunet_dyn.inference.export import complete_files, probabilities_file, segment
 from nnunet_dyn.inference.exported import is_exported, load_exported
-from nnunet_dyn.inference.model_folder import CHECKPOINT, load_model
+from nnunet_dyn.inference.model_folder import CHECKPOINT, available_folds, first_stage_folder, load_model
 from nnunet_dyn.pictures import plot_decisions
 
 STAGES = ("read", "preprocess", "network", "export")
@@ -47,6 +47,8 @@ CONSTANT_TILES = 4
 DECIDED_VOXELS = 2**20
 # Where the decisions of a case go, inside the output folder: nnU-Net's other commands do not look into folders.
 DECISIONS = "decisions"
+#: Of a cascade that segments nothing else than what the first stage has found.
+NOTHING_FOUND = "The first stage found nothing in the image, so nothing was segmented."
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,14 @@ class Predictor(nnUNetPredictor):
         engine: runs the network.
         decided: by ``predict_logits_from_preprocessed_data``, of each fold the tiles of the sliding window in order;
             empty where the network does not decide.
+        folder, folds: what ``from_folder`` has loaded.
+        first_stage: of a cascade, what segments each case first where no segmentation of that stage is given.
     """
 
     engine: Engine
+    folder: Path | None = None
+    folds: tuple[int | str, ...] = ()
+    first_stage: Predictor | None = None
     decided: tuple[tuple[TileDecision, ...], ...] = ()
 
     @classmethod
@@ -117,6 +124,7 @@ class Predictor(nnUNetPredictor):
         perform_everything_on_device: bool = True,
         verbose: bool = False,
         progress: bool = False,
+        first_stage: bool = True,
     ) -> Predictor:
         """Load a model folder of nnU-Net, or one that ``nnunet_dyn export`` wrote.
 
@@ -134,6 +142,9 @@ class Predictor(nnUNetPredictor):
             use_mirroring: average over flipped copies, along the axes that the trainer allows.
             perform_everything_on_device: keep the logits on a GPU.
             progress: show a bar on standard error while a case is predicted.
+            first_stage: of a cascade, also load the model folder of the first stage where it stands beside this one,
+                as nnU-Net has it: with the same folds, or if one of them is missing there, with all that there are,
+                and with everything else as here. Not for an exported folder.
 
         Raises:
             UsageError: no such folder, fold, engine, precision or device.
@@ -166,7 +177,27 @@ class Predictor(nnUNetPredictor):
             predictor.initialize_from_trained_model_folder(
                 folder, folds, checkpoint, engine=engine, precision=precision, threads=threads
             )
+            predictor.folder, predictor.folds = Path(folder), tuple(folds or available_folds(Path(folder), checkpoint))
+            before = predictor.configuration_manager.previous_stage_name
+            beside = first_stage_folder(predictor.folder, before) if first_stage and before is not None else None
+            if beside is not None and (there := available_folds(beside, checkpoint)):
+                same = all((beside / f"fold_{fold}" / checkpoint).is_file() for fold in predictor.folds)
+                predictor.first_stage = cls.from_folder(
+                    beside,
+                    predictor.folds if same else there,
+                    checkpoint,
+                    engine=engine,
+                    precision=precision,
+                    device=device,
+                    threads=threads,
+                    tile_step_size=tile_step_size,
+                    use_mirroring=use_mirroring,
+                    perform_everything_on_device=perform_everything_on_device,
+                    verbose=verbose,
+                    progress=progress,
+                )
             return predictor
+        predictor.folder, predictor.folds = Path(folder), tuple(folds or exported.manifest.folds)
         predictor.manual_initialization(
             nn.Identity(),  # nnU-Net wants a network; the engine has its own
             exported.plans,
@@ -445,7 +476,7 @@ class Predictor(nnUNetPredictor):
                 Intensities as in the files the model was trained on: they are normalised here.
             spacing: (z, y, x) in mm per voxel, in the order of the array's axes. For a 2D image nnU-Net's readers give
                 the first axis a large one, 999.
-            previous_stage: (z, y, x) labels of a cascade's first stage.
+            previous_stage: (z, y, x) labels of a cascade's first stage; ``None`` takes those of ``first_stage``.
             probabilities: return them too.
 
         Raises:
@@ -482,11 +513,17 @@ class Predictor(nnUNetPredictor):
 
         Adds to ``seconds``, takes the array out of ``image`` to free it, and draws the decisions into ``picture``.
         """
+        before = None
+        if previous_stage is None and self.first_stage is not None:
+            previous_stage, before = self._segment_first(image[0], properties, seconds)
+        is_empty = previous_stage is not None and not (previous_stage > 0).any()
         with _timed(seconds, "preprocess"):
             data, properties = self.preprocess(image, properties, previous_stage)
         with _timed(seconds, "network"):
             logits = self.predict_logits_from_preprocessed_data(data)
         decisions = self._case_decisions(tuple(data.shape[1:]), properties)
+        if decisions is not None:
+            decisions = replace(decisions, warnings=(NOTHING_FOUND,) * is_empty, first_stage=before)
         with _timed(seconds, "export"), self._threads():
             if picture is not None:
                 plot_decisions(data[0].numpy(), self._labels(logits), decisions, picture)
@@ -501,6 +538,13 @@ class Predictor(nnUNetPredictor):
             )
         return segmentation, probabilities, decisions
 
+    def _segment_first(
+        self, image: np.ndarray, properties: dict, seconds: dict[str, float]
+    ) -> tuple[np.ndarray, CaseDecisions | None]:
+        """(1, z, y, x) labels by the first stage, which has its own preprocessing and properties, and its decisions."""
+        labels, _, decisions = self.first_stage._predict_case([image], dict(properties), None, seconds, None)
+        return labels[None], decisions
+
     def preprocess(
         self, image: list[np.ndarray], properties: dict, previous_stage: np.ndarray | None = None
     ) -> tuple[torch.Tensor, dict]:
@@ -509,12 +553,16 @@ class Predictor(nnUNetPredictor):
         Args:
             image: the one array, (channels, z, y, x), which is taken out of the list to free it.
             properties: as nnU-Net's readers leave them, the spacing at least.
-            previous_stage: (1, z, y, x) labels of a cascade's first stage.
+            previous_stage: (1, z, y, x) labels of a cascade's first stage; ``None`` takes those of ``first_stage``.
 
         Raises:
             JobError: an image that this model cannot take.
         """
+        if previous_stage is None and self.first_stage is not None:
+            previous_stage, _ = self._segment_first(image[0], properties, {})
         self._check_image(image[0], previous_stage)
+        if previous_stage is not None:  # as nnU-Net's readers have it; the preprocessor writes -1 into it
+            previous_stage = previous_stage.astype(np.float32)
         # Without a previous stage nobody looks at the segmentation that the preprocessor would resample.
         configuration = self._image_only if previous_stage is None else self.configuration_manager
         preprocessor = configuration.preprocessor_class(verbose=self.verbose_preprocessing)
@@ -577,17 +625,18 @@ class Predictor(nnUNetPredictor):
             )
 
     def check_cascade(self, has_previous_stage: bool) -> None:
-        """Check that there are segmentations of a previous stage for a cascade, and only for one.
+        """Check that there are segmentations of a previous stage, or its model, for a cascade, and only for one.
 
         Raises:
             UsageError: otherwise.
         """
         name = self.configuration_manager.previous_stage_name
-        if name is not None and not has_previous_stage:
-            raise UsageError(
-                f"This is the second stage of a cascade; expected the segmentations of {name}. Give them with "
-                "-prev_stage_predictions."
-            )
+        if name is not None and not has_previous_stage and self.first_stage is None:
+            remedy = "Give its segmentations with -prev_stage_predictions"
+            if self.folder is not None and not is_exported(self.folder):
+                beside = first_stage_folder(self.folder, name)
+                remedy += f", or train it, or copy its model folder, so that {beside} has the checkpoint of a fold"
+            raise UsageError(f"This is the second stage of a cascade; expected the first one, {name}. {remedy}.")
         if name is None and has_previous_stage:
             raise UsageError(
                 "Got segmentations of a previous stage for a model that has none. Leave out -prev_stage_predictions."
@@ -618,7 +667,7 @@ class Predictor(nnUNetPredictor):
             output: folder for ``case.nii.gz`` (the ending of the data set), with ``save_probabilities`` also nnU-Net's
                 ``.npz`` and ``.pkl``; made if it does not exist.
             overwrite: ``False`` leaves out cases that are there.
-            previous_stage: folder with the segmentations of a cascade's first stage.
+            previous_stage: folder with the segmentations of a cascade's first stage; ``None`` takes ``first_stage``.
             num_parts, part_id: take every ``num_parts``-th case from number ``part_id`` on.
             save_decisions: write what the network decided to ``decisions/case.json`` in ``output``.
             decision_pictures: draw it into ``decisions/case.png``.

@@ -17,7 +17,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager, convert_labelmap_to_one_hot
 
 from nnunet_dyn.errors import JobError, UsageError
-from nnunet_dyn.inference.model_folder import Model
+from nnunet_dyn.inference.model_folder import Model, first_stage_folder
 
 # Patches that are sure to show foreground; the others show what is around it.
 _FOREGROUND = 0.5
@@ -55,7 +55,7 @@ class Cases:
         before, previous = model.configuration.previous_stage_name, None
         if before is not None:
             parts = model_folder.resolve().name.split("__")
-            previous = model_folder.resolve().parent / "__".join([*parts[:2], before])
+            previous = first_stage_folder(model_folder, before)
             previous = previous / "predicted_next_stage" / (parts[2] if len(parts) == 3 else "")
             if not previous.is_dir():
                 raise UsageError(

@@ -19,6 +19,7 @@ from nnunet_dyn.architectures.roi_segmentor import (
     fit_box,
     threshold_index,
 )
+from nnunet_dyn.decisions import EVERYTHING_ON, EVERYTHING_SKIPPED, SKIP, DecidingNetwork
 
 PATCH = (32, 32, 32)
 ANISOTROPIC = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
@@ -112,7 +113,7 @@ def test_the_threshold_index_is_that_of_the_paper():
 def test_a_crop_is_the_networks_own_output_and_the_rest_background(network):
     made = build(network)
     x = tiles([cube(9, 6)])
-    (decision,) = made.decide(x[:, 1:])
+    (decision,) = made.decide(x)
     (box,), (target,) = decision.boxes, decision.targets
     assert target == cube(8, 8) and box == cube(8, 8)
     with torch.no_grad():
@@ -120,7 +121,7 @@ def test_a_crop_is_the_networks_own_output_and_the_rest_background(network):
         expected = background(PATCH)
         expected[(slice(None), *at(box))] = made.network(x[(slice(None), slice(0, 1), *at(box))])[0]
     assert torch.allclose(logits[0], expected, atol=1e-5)
-    assert decision.macs == count_operations(made.network, (1, 1, 8, 8, 8)).total
+    assert made.operations(decision, PATCH) == count_operations(made.network, (1, 1, 8, 8, 8)).total
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "paper"}], ids=["own", "paper"])
@@ -132,10 +133,42 @@ def test_a_batch_is_its_tiles_one_by_one(network, options):
         together, alone = made(x), torch.cat([made(tile[None]) for tile in x])
     assert torch.allclose(together, alone, atol=1e-5)
     assert torch.equal(together[1], background(PATCH))
-    decisions = made.decide(x[:, 1:])
+    decisions = made.decide(x)
     assert [len(decision.boxes) for decision in decisions] == [1, 0, 2, 1, 1]
     with torch.no_grad():
-        assert torch.equal(made.execute(x, decisions), together)  # the gate does not enter the network
+        x[:, 1:] = 0.0  # the gate does not enter the network
+        logits, done = made.execute(x, decisions)
+        assert torch.equal(logits, together)
+        again, same = made.execute(x, done)
+    assert torch.equal(again, logits) and same == done
+    assert [decision.cost for decision in done] == [made.operations(decision, PATCH) for decision in decisions]
+    assert done[1].cost == 0 and all(decision.cost == 0 for decision in decisions)
+
+
+def test_a_decision_is_mirrored_with_its_tile():
+    """The crops of the flipped tile are the flipped crops, and the whole tile is the most that can be run."""
+    made = build("stages")
+    assert isinstance(made, DecidingNetwork)
+    x = tiles([((3, 8), (0, 3), (9, 20))], [], patch=(16, 24, 32))
+    decision, none = made.decide(x)
+    assert (decision.action, none.action, none.computed((16, 24, 32))) == ("crop", SKIP, ())
+    flipped = decision.mirrored((0, 2), (16, 24, 32))
+    assert flipped != decision and flipped.mirrored((0, 2), (16, 24, 32)) == decision
+    with torch.no_grad():
+        logits = made.execute(x[:1].flip(2, 4), [flipped])[0].flip(2, 4)
+        (box,) = decision.boxes
+        own = made.network(x[(slice(0, 1), slice(0, 1), *at(box))].flip(2, 4)).flip(2, 4)
+    expected = background((16, 24, 32))
+    expected[(slice(None), *at(box))] = own[0]
+    assert torch.allclose(logits[0], expected, atol=1e-5)
+    paths = made.profile_paths((16, 24, 32))
+    assert paths[EVERYTHING_ON].cost == made.count((16, 24, 32)) and paths[EVERYTHING_SKIPPED] == none
+    assert paths[EVERYTHING_ON].to_json() == {
+        "action": "crop",
+        "stages": [[1, 2]],
+        "macs": made.count((16, 24, 32)),
+        "review": False,
+    }
 
 
 def test_nothing_runs_without_a_gate():
@@ -144,9 +177,9 @@ def test_nothing_runs_without_a_gate():
     made.network.register_forward_hook(lambda *_: ran.append(1))
     x = tiles([], [])
     assert torch.equal(made(x), background(PATCH).expand(2, -1, *PATCH)) and not ran
-    assert made.decide(x[:, 1:]) == [ROIDecision()] * 2
+    assert made.decide(x) == [ROIDecision()] * 2
     x[0, 1] = 0.5  # nnU-Net's spline may leave such a voxel; only what rounds to a label counts
-    assert made.decide(x[:, 1:])[0].boxes == ()
+    assert made.decide(x)[0].boxes == ()
 
 
 @pytest.mark.parametrize(
@@ -163,7 +196,7 @@ def test_nothing_runs_without_a_gate():
 def test_crops_at_borders_of_one_voxel_and_of_the_whole_tile(box, crop):
     made = build()
     x = tiles([box])
-    (decision,) = made.decide(x[:, 1:])
+    (decision,) = made.decide(x)
     assert decision.boxes == (crop,) and decision.targets == (enlarge(box, 1, PATCH),)
     with torch.no_grad():
         logits = made(x)[0]
@@ -176,14 +209,14 @@ def test_crops_at_borders_of_one_voxel_and_of_the_whole_tile(box, crop):
 def test_targets_far_apart_are_run_one_by_one_and_near_ones_together():
     made = build()
     x = tiles([cube(1, 5), cube(26, 5)], [cube(1, 5), ((8, 13), (1, 6), (1, 6))], [cube(4, 8), cube(6, 12)])
-    apart, near, overlapping = made.decide(x[:, 1:])
-    assert apart.boxes == (cube(0, 8), cube(24, 8)) and apart.macs == 2 * made.count((8, 8, 8))
+    apart, near, overlapping = made.decide(x)
+    assert apart.boxes == (cube(0, 8), cube(24, 8)) and made.operations(apart, PATCH) == 2 * made.count((8, 8, 8))
     assert near.boxes == (((0, 16), (0, 8), (0, 8)),)
     assert overlapping.targets == (cube(3, 16),)
     many = tiles(
         [((z, z + 1), (y, y + 1), (x, x + 1)) for z in (0, 10, 20) for y in (0, 8, 16, 24) for x in (0, 10, 20)]
     )
-    assert len(made.decide(many[:, 1:])[0].boxes) == 1  # 36 specks
+    assert len(made.decide(many)[0].boxes) == 1  # 36 specks
 
 
 def test_where_crops_overlap_each_target_is_its_own_crops():
@@ -193,7 +226,7 @@ def test_where_crops_overlap_each_target_is_its_own_crops():
     assert boxes[0][0][1] > boxes[1][0][0]
     x = tiles(targets)
     with torch.no_grad():
-        logits = made.execute(x, [ROIDecision(boxes, targets)])[0]
+        logits = made.execute(x, [ROIDecision(boxes, targets)])[0][0]
         for box, target in zip(boxes, targets, strict=True):
             own = made.network(x[(slice(None), slice(0, 1), *at(box))])[0]
             inside = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(target, box, strict=True))
@@ -203,12 +236,12 @@ def test_where_crops_overlap_each_target_is_its_own_crops():
 def test_crops_follow_anisotropic_strides_and_two_dimensions():
     made = build(strides=ANISOTROPIC, kernel_sizes=[[1, 3, 3], [3] * 3, [3] * 3])
     x = tiles([((5, 7), (9, 15), (20, 21))], patch=(10, 32, 32))
-    (decision,) = made.decide(x[:, 1:])
+    (decision,) = made.decide(x)
     assert decision.boxes == (((4, 8), (8, 16), (17, 25)),)
     assert made(x).shape == (1, 3, 10, 32, 32)
     flat = build(dimension=2)
     x = tiles([cube(9, 6, 2)], patch=(32, 24))
-    assert flat.decide(x[:, 1:])[0].boxes == (cube(8, 8, 2),) and flat(x).shape == (1, 3, 32, 24)
+    assert flat.decide(x)[0].boxes == (cube(8, 8, 2),) and flat(x).shape == (1, 3, 32, 24)
 
 
 @pytest.mark.parametrize("network", ["plain", "stages"])
@@ -223,7 +256,7 @@ def test_deep_supervision_pastes_every_resolution(network, strides):
     steps = (strides or [[1] * 3, [2] * 3, [2] * 3])[1]
     smaller = tuple(size // step for size, step in zip(patch, steps, strict=True))
     assert [tuple(output.shape[2:]) for output in outputs] == [patch, smaller]
-    for decision, tile, full, half in zip(made.decide(x[:, 1:]), x, *outputs, strict=True):
+    for decision, tile, full, half in zip(made.decide(x), x, *outputs, strict=True):
         expected = background(patch), background(smaller)
         for box in decision.boxes:
             assert all(start % step == 0 for (start, _), step in zip(box, steps, strict=True))
@@ -277,8 +310,8 @@ def test_a_batch_without_a_gate_can_be_trained_on(network):
 
 def test_training_takes_the_crops_of_evaluation():
     made = build("stages", deep_supervision=True)
-    gate = tiles([cube(3, 5), cube(24, 4)])[:, 1:]
-    assert made.decide(gate, count=False) == made.train().decide(gate, count=False)
+    x = tiles([cube(3, 5), cube(24, 4)])
+    assert made.decide(x) == made.train().decide(x)
 
 
 def test_decisions_are_collected_in_evaluation_alone():
@@ -286,7 +319,8 @@ def test_decisions_are_collected_in_evaluation_alone():
     made.decisions = []
     x = tiles([cube(9, 6)], [])
     made(x)
-    assert made.decisions == made.decide(x[:, 1:]) and made.decisions[1] == ROIDecision(macs=0)
+    assert made.decisions == made.execute(x, made.decide(x))[1] and made.decisions[1] == ROIDecision()
+    assert made.decisions[0].cost > 0
     made.train()(x)
     assert len(made.decisions) == 2
 
@@ -295,10 +329,14 @@ def test_decisions_are_collected_in_evaluation_alone():
 def test_costs_grow_with_the_target_and_not_with_the_tile(network):
     made = build(network, n_stages=4, features=(4, 4, 8, 8))
     sides = [2, 20, 30] if network == "plain" else [2, 14, 20, 30]
-    macs = [made.decide(tiles([cube(0, side)])[:, 1:])[0].macs for side in sides]
+
+    def cost(x):
+        return made.operations(made.decide(x)[0], tuple(x.shape[2:]))
+
+    macs = [cost(tiles([cube(0, side)])) for side in sides]
     assert all(b > 2 * a for a, b in pairwise(macs))
     large = tiles([cube(40, 2)], patch=(64, 64, 64))
-    assert made.decide(large[:, 1:])[0].macs == macs[0] < made.count((64, 64, 64)) / 50
+    assert cost(large) == macs[0] < made.count((64, 64, 64)) / 50
     assert count_operations(made, (1, 3, 64, 64, 64)).total == made.count((64, 64, 64))  # the worst case
     assert made.compute_conv_feature_map_size((32,) * 3) == made.network.compute_conv_feature_map_size((32,) * 3)
 
@@ -311,7 +349,7 @@ def test_paper_mode_resamples_to_the_cube():
     with torch.no_grad():
         logits = made(x)
     assert seen == [(1, 1, 16, 16, 16), (2, 1, 32, 32, 32)]
-    first, second, third = made.decide(x[:, 1:])
+    first, second, third = made.decide(x)
     assert first.boxes == (cube(8, 8),) and second.boxes == (((0, 4), (3, 10), (0, 32)),)
     assert first.stages == ((3, 4),) and second.stages == third.stages == ((2, 3, 4),)
     with torch.no_grad():

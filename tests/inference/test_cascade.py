@@ -1,0 +1,241 @@
+"""A cascade in one call: the same as in two, with the first stage's segmentations as files between them."""
+
+import json
+import shutil
+
+import models
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunet_dyn import cli
+from nnunet_dyn.errors import UsageError
+from nnunet_dyn.inference import Predictor
+from nnunet_dyn.inference.model_folder import first_stage_folder
+from nnunet_dyn.inference.predictor import NOTHING_FOUND
+
+SPACING = (1.2, 1.0, 0.9)
+NAMES = ["nnUNetTrainer__nnUNetPlans__3d_lowres", "nnUNetTrainer__nnUNetPlans__3d_cascade_fullres"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A cascade of two untrained networks at different spacings, with folds 0 and 1 of both."""
+    folder = tmp_path_factory.mktemp("results") / "Dataset999_Test"
+    models.write_model(folder / NAMES[0], folds=2, spacing=(1.7, 1.5, 1.4))
+    models.write_model(folder / NAMES[1], folds=2, spacing=(1.2, 1, 1), previous_stage=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    arrays = {f"case_{n}": models.image((17, 20 + n, 22), seed=n) for n in range(2)}
+    return models.write_cases(tmp_path_factory.mktemp("data") / "images", arrays, SPACING)
+
+
+def predict(model, images, output, *flags) -> int:
+    return cli.main(["predict", "-m", str(model), "-i", str(images), "-o", str(output), "-device", "cpu",
+                     *map(str, flags)])  # fmt: skip
+
+
+def labels(folder):
+    return {path.name: sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in sorted(folder.glob("*.nii.gz"))}
+
+
+def test_one_call_gives_what_two_give(results, images, tmp_path, monkeypatch, capsys):
+    assert predict(results / NAMES[0], images, tmp_path / "first", "-f", 1) == 0
+    flags = ("-f", 1, "-prev_stage_predictions", tmp_path / "first")
+    assert predict(results / NAMES[1], images, tmp_path / "two", *flags) == 0
+    assert "first stage" not in capsys.readouterr().err
+    monkeypatch.setenv("nnUNet_results", str(results.parent))
+    by_name = ["predict", "-d", "Dataset999_Test", "-c", "3d_cascade_fullres", "-f", "1", "-device", "cpu", "--json"]
+    assert cli.main([*by_name, "-i", str(images), "-o", str(tmp_path / "one")]) == 0
+    shown = capsys.readouterr()
+    assert f"first stage: {results / NAMES[0]}, -f 1\n" in shown.err
+    assert json.loads(shown.out)["first_stage"] == {"model": str(results / NAMES[0]), "folds": [1]}
+    one, two, first = (labels(tmp_path / name) for name in ("one", "two", "first"))
+    assert list(one) == list(two) == ["case_0.nii.gz", "case_1.nii.gz"]
+    for name in one:
+        assert np.array_equal(one[name], two[name]) and len(np.unique(one[name])) > 2
+        assert not np.array_equal(one[name], first[name])
+
+
+def test_the_first_stage_matters_and_arrays_are_predicted_likewise(results):
+    predictor, first = (Predictor.from_folder(results / name, [0], device="cpu") for name in reversed(NAMES))
+    array = models.image((17, 20, 22))
+    before = first.predict(array, SPACING).segmentation
+    assert before.dtype == np.uint8
+    one, two, other = (
+        predictor.predict(array, SPACING, previous_stage=given) for given in (None, before, np.zeros_like(before))
+    )
+    assert np.array_equal(one.segmentation, two.segmentation)
+    assert not np.array_equal(one.segmentation, other.segmentation)
+    assert all(one.seconds[stage] > 0 for stage in ("preprocess", "network", "export"))
+    data = [predictor.preprocess([array], {"spacing": SPACING}, given)[0] for given in (None, before[None])]
+    assert torch.equal(*data) and len(data[0]) == 5
+
+
+def test_folds_that_the_first_stage_has_not(results, tmp_path):
+    """All that there are, and none of them where the checkpoint is not there."""
+    for name in NAMES:
+        shutil.copytree(results / name, tmp_path / name)
+    shutil.rmtree(tmp_path / NAMES[0] / "fold_0")
+    segmentor = tmp_path / NAMES[1]
+    loaded = Predictor.from_folder(segmentor, [0], device="cpu")
+    assert (loaded.folds, loaded.first_stage.folds) == ((0,), (1,))
+    assert Predictor.from_folder(segmentor, device="cpu").first_stage.folds == (1,)
+    assert Predictor.from_folder(segmentor, [1], device="cpu", first_stage=False).first_stage is None
+    assert loaded.first_stage.first_stage is None
+
+
+@pytest.mark.parametrize("missing", ["folder", "checkpoint"])
+def test_without_a_first_stage_there_are_two_remedies(results, images, tmp_path, capsys, missing):
+    shutil.copytree(results / NAMES[1], tmp_path / NAMES[1])
+    if missing == "checkpoint":
+        (tmp_path / NAMES[0] / "fold_0").mkdir(parents=True)
+    assert predict(tmp_path / NAMES[1], images, tmp_path / "out", "-f", 0) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "-prev_stage_predictions" in message and str(tmp_path / NAMES[0]) in message
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="expected the first one, 3d_lowres"):
+        Predictor.from_folder(tmp_path / NAMES[1], [0], device="cpu").predict(models.image((9, 9, 9)), (1, 1, 1))
+
+
+def test_a_broken_first_stage_is_one_line_before_any_case(results, images, tmp_path, capsys):
+    for name in NAMES:
+        shutil.copytree(results / name, tmp_path / name)
+    checkpoint = tmp_path / NAMES[0] / "fold_0" / "checkpoint_final.pth"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:999])
+    assert predict(tmp_path / NAMES[1], images, tmp_path / "out", "-f", 0) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and str(checkpoint) in message and not (tmp_path / "out").exists()
+
+
+# --- detector and segmentor ---------------------------------------------------------------------------------------
+
+TRAINER = "nnUNetTrainerROICascade"
+ROI_NAMES = [f"{TRAINER}__nnUNetDynPlans__{configuration}" for configuration in ("3d_detect", "3d_roi")]
+
+
+@torch.no_grad()
+def find_the_cube(network):
+    """An untrained detector tells what is bright from the rest; its boxes are those of the components."""
+    x = torch.randn(1, 1, 16, 24, 24) * 0.2
+    x[..., 4:8, 4:10, 4:10] = 5
+    mask, sides = network.head.seg_layers["mask"], network.head.seg_layers["sides"]
+    found = network.raw(x)["mask"][0]
+    inside = torch.zeros(found.shape[1:], dtype=torch.bool)
+    inside[2:4, 2:5, 2:5] = True
+    for label, logits in enumerate(found):
+        low, high = logits[~inside].mean(), logits[inside].mean()
+        scale = 4 / (high - low)
+        mask.weight[label] *= scale
+        mask.bias[label] = (mask.bias[label] - (low + high) / 2) * scale
+    sides.weight.zero_()
+    sides.bias.fill_(-9)
+    network.score_threshold.copy_(torch.sigmoid(network.raw(x)["mask"][0, 1:]).quantile(0.997))
+
+
+@torch.no_grad()
+def give_every_class(network):
+    for parameter in network.decoder.seg_layers.parameters():
+        parameter *= 10
+
+
+@pytest.fixture(scope="module")
+def roi_results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    common = {"trainer": TRAINER, "template": "roi_cascade"}
+    models.write_model(folder / ROI_NAMES[0], part="3d_detect", spacing=(2, 2, 2), mirroring=None,
+                       patch_size=(16, 24, 24), prepare=find_the_cube, **common)  # fmt: skip
+    models.write_model(folder / ROI_NAMES[1], part="3d_roi", previous_stage="3d_detect", mirroring=(2,),
+                       prepare=give_every_class, **common)  # fmt: skip
+    return folder
+
+
+def bright_cube():
+    array = np.random.default_rng(0).normal(0, 0.2, (1, 24, 32, 44)).astype(np.float32)
+    array[..., 4:12, 6:16, 8:18] += 5
+    return array
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return models.write_cases(tmp_path_factory.mktemp("wide") / "images", {"case_0": bright_cube()})
+
+
+def test_detector_and_segmentor_in_one_call(roi_results, wide, tmp_path, capsys):
+    """The same segmentation as in two calls, and the JSON has what both of them decided."""
+    assert predict(roi_results / ROI_NAMES[0], wide, tmp_path / "boxes", "-f", 0) == 0
+    flags = ("-f", 0, "-prev_stage_predictions", tmp_path / "boxes", "--save-decisions")
+    assert predict(roi_results / ROI_NAMES[1], wide, tmp_path / "two", *flags) == 0
+    assert predict(roi_results / ROI_NAMES[1], wide, tmp_path / "one", "-f", 0, "--save-decisions") == 0
+    (one,), (two,), (boxes,) = (labels(tmp_path / name).values() for name in ("one", "two", "boxes"))
+    assert np.array_equal(one, two) and len(np.unique(one)) > 2
+    assert 0 < (boxes > 0).mean() < 0.5
+    saved, of_two = (json.loads((tmp_path / name / "decisions/case_0.json").read_text()) for name in ("one", "two"))
+    detected = saved.pop("first_stage")
+    assert saved == of_two and saved["warnings"] == [] and set(saved["totals"]["shares"]) == {"crop", "skip"}
+    assert saved["folds"][0]["decisions"][0].keys() >= {"boxes", "stages", "action", "macs", "image_boxes"}
+    assert set(detected["totals"]["shares"]) == {"detect"} and detected["mirrored_copies"] == 1
+    inside = np.zeros_like(boxes)
+    for tile in detected["folds"][0]["decisions"]:
+        assert len(tile["image_boxes"]) == len(tile["classes"]) == len(tile["scores"])
+        assert all(0 < score <= 1 for score in tile["scores"])
+        for box in tile["image_boxes"]:
+            inside[tuple(slice(*axis) for axis in box)] = 1
+    assert inside.any() and not (boxes > 0)[inside == 0].any()
+
+
+def test_tiles_outside_of_every_box_cost_nothing(roi_results):
+    predictor = Predictor.from_folder(roi_results / ROI_NAMES[1], [0], device="cpu")
+    crops = []
+    predictor.network.network.register_forward_hook(
+        lambda module, inputs, output: crops.extend(x.shape for x in inputs[0] if not x.is_meta)  # meta: is counted
+    )
+    predicted = predictor.predict(bright_cube(), (1, 1, 1))
+    tiles = predicted.decisions.tiles
+    assert 0 < sum(tile.decision.action == "skip" for tile in tiles) < len(tiles)
+    assert len(crops) == 2 * sum(len(tile.boxes) for tile in tiles)
+    assert all(tile.macs == 2 * tile.decision.cost and (tile.macs > 0) == bool(tile.boxes) for tile in tiles)
+    everything = predictor.network.count((16, 16, 16))
+    assert predicted.decisions.everything_macs == everything > 0
+    (detected,) = {tile.macs for tile in predicted.decisions.first_stage.tiles}
+    assert detected == predicted.decisions.first_stage.everything_macs > 0
+
+
+def test_the_predictor_is_nnunets_for_both_stages(roi_results, wide, tmp_path):
+    """Without mirroring, since nnU-Net's predictor decides for each copy anew, whose crops may lie elsewhere."""
+    for name, before in zip(ROI_NAMES, (None, str(tmp_path / "3d_detect")), strict=True):
+        stock = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False, allow_tqdm=False)
+        stock.initialize_from_trained_model_folder(str(roi_results / name), (0,))
+        out = tmp_path / name.rpartition("__")[2]
+        out.mkdir()
+        stock.predict_from_files_sequential(str(wide), str(out), folder_with_segs_from_prev_stage=before)
+    assert predict(roi_results / ROI_NAMES[1], wide, tmp_path / "ours", "-f", 0, "--disable_tta") == 0
+    (ours,), (theirs,) = (labels(tmp_path / name).values() for name in ("ours", "3d_roi"))
+    assert (ours == theirs).mean() >= 0.9999 and len(np.unique(theirs)) > 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_where_nothing_is_detected_there_is_a_warning(roi_results, wide, tmp_path, capsys, precision):
+    for name in ROI_NAMES:
+        shutil.copytree(roi_results / name, tmp_path / name)
+    path = tmp_path / ROI_NAMES[0] / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint["network_weights"]["score_threshold"].fill_(1.1)
+    torch.save(checkpoint, path)
+    flags = ("-f", 0, "--save-decisions", "--json", "--precision", precision)
+    assert predict(tmp_path / ROI_NAMES[1], wide, tmp_path / "out", *flags) == 0
+    shown = capsys.readouterr()
+    saved = json.loads((tmp_path / "out/decisions/case_0.json").read_text())
+    assert saved["warnings"] == [NOTHING_FOUND] and saved["review"] and saved["totals"]["shares"] == {"skip": 1.0}
+    assert NOTHING_FOUND in shown.err and json.loads(shown.out)["cases"][0]["decisions"]["warnings"] == [NOTHING_FOUND]
+    assert all(tile["boxes"] == [] for tile in saved["first_stage"]["folds"][0]["decisions"])
+    assert not labels(tmp_path / "out")["case_0.nii.gz"].any()
+
+
+def test_the_first_stage_stands_beside_the_second(tmp_path):
+    assert first_stage_folder(tmp_path / "T__P__3d_roi", "3d_detect") == tmp_path.resolve() / "T__P__3d_detect"
