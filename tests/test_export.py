@@ -15,6 +15,7 @@ from preprocessed import write_preprocessed
 from nnunet_dyn import cli
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.inference import Predictor, conversion
+from nnunet_dyn.inference.exported import sha256
 from nnunet_dyn.inference.model_folder import load_model
 
 pytest.importorskip("openvino", reason="the extra nnunet-dyn[openvino] is not installed")
@@ -22,6 +23,7 @@ pytest.importorskip("nncf", reason="the extra nnunet-dyn[openvino] is not instal
 
 ARRAY = models.image((17, 20, 22))
 SPACING = (1.0, 1.0, 1.0)
+MED_DANET = "nnUNetTrainerMedDANetV2"
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +154,57 @@ def test_an_exported_model_is_used_as_it_was_checked(quantised, tmp_path, capsys
     common = ["predict", "-m", str(quantised), "-i", str(images), "-o", str(tmp_path / "out")]
     assert cli.main([*common, *flags]) == 2
     assert expected in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def name_in_plans(folder: Path, **names: str) -> None:
+    """Let plans.json name other things: the network as ``network``, or a layer."""
+    plans = json.loads((folder / "plans.json").read_text())
+    (configuration,) = plans["configurations"].values()
+    architecture = configuration["architecture"]
+    if "network" in names:
+        architecture["network_class_name"] = names.pop("network")
+    architecture["arch_kwargs"] |= names
+    (folder / "plans.json").write_text(json.dumps(plans))
+
+
+def run_nothing(monkeypatch) -> None:
+    def refuse(*_, **__):
+        raise AssertionError("what the plans name was run")
+
+    for name in ("torch.hub.load", "os.system"):
+        monkeypatch.setattr(name, refuse)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "names", "expected"),
+    [
+        ("nnUNetTrainer", {}, "names trainer nnUNetTrainer for fold_0.json"),
+        (MED_DANET, dict(network="torch.hub.load"), "names torch.hub.load, which is no network or layer of nnunet_dyn"),
+        (MED_DANET, dict(network="nnunet_dyn.architectures.med_danet.torch.hub.load"), "which is no network or layer"),
+        (MED_DANET, dict(nonlin="os.system"), "names os.system, which is no network or layer"),
+        (MED_DANET, dict(network_class="models.Network"), "names models.Network, which is no network or layer"),
+        (MED_DANET, {}, r"fold_0.json lists \.\./other.bin, \.\./other.xml, of which .* has no hash"),
+    ],
+)
+def test_what_an_exported_folder_names_is_not_run(copy, monkeypatch, trainer, names, expected):
+    """Its hashes fit: whoever writes the folder writes them too."""
+    name_in_plans(copy, **names)
+    part = {"module": "policy", "size": [16, 16], "precision": "fp32", "file": "../other.xml"}
+    (copy / "fold_0.json").write_text(json.dumps({"parts": [part], "rest": "fold_0.bin"}))
+    files = {name: sha256(copy / name) for name in ("fold_0.json", "fold_0.bin", "plans.json", "dataset.json")}
+    change_manifest(copy, trainer=trainer, models=["fold_0.json"], files=files)
+    run_nothing(monkeypatch)
+    with pytest.raises(JobError, match=expected):
+        Predictor.from_folder(copy)
+
+
+@pytest.mark.parametrize("names", [dict(network="torch.hub.load"), dict(nonlin="torch.hub.load")])
+def test_what_a_model_folder_names_is_not_run(model, tmp_path, monkeypatch, names):
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    name_in_plans(folder, **names)
+    run_nothing(monkeypatch)
+    with pytest.raises(JobError, match="is no network or layer; expected only those"):
+        load_model(folder)
 
 
 def test_nothing_is_unpickled(quantised, monkeypatch):
