@@ -123,7 +123,7 @@ class Exported:
         return engine_of(manifest.engine)(files, manifest.precision, threads)
 
     def _stages_engine(self, files: list[Path], threads: int | None) -> Engine:
-        check_installed(self.manifest.engine)
+        check_installed(self.manifest.engine, load=True)
         from nnunet_dyn import trainers
         from nnunet_dyn.inference.stages import StagesEngine, listed
         from nnunet_dyn.trainers.med_danet import MedDANetTrainer
@@ -153,7 +153,7 @@ def engine_of(name: str) -> type[Engine]:
     Raises:
         UsageError: it is not installed.
     """
-    check_installed(name)
+    check_installed(name, load=True)
     from nnunet_dyn.inference.onnxruntime_engine import ONNXRuntimeEngine
     from nnunet_dyn.inference.openvino_engine import OpenVINOEngine
 

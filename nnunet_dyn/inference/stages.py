@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from torch import nn
 
 from nnunet_dyn.architectures.med_danet import Decision, MedDANetV2, crop_size
 from nnunet_dyn.errors import JobError
-from nnunet_dyn.inference.conversion import convert, quantise, save
+from nnunet_dyn.inference.conversion import convert, quantise, save, writing
 from nnunet_dyn.inference.engines import TorchEngine
-from nnunet_dyn.inference.openvino_engine import compiled, run
+from nnunet_dyn.inference.openvino_engine import compiled, computes_in, run
 from nnunet_dyn.quantization import FULL_PRECISION, current_width
 
 Size = tuple[int, int]
+# What every module gets of so many slices is in memory at once.
+_SLICES = 16
 
 
 def precision_of(width: int) -> str:
@@ -32,17 +35,18 @@ def precision_of(width: int) -> str:
     return "fp32" if width == FULL_PRECISION else "int8" if width <= 8 else "bf16"
 
 
-def write_stages(network: MedDANetV2, patches: Sequence[np.ndarray], folder: Path, name: str) -> str:
+def write_stages(network: MedDANetV2, patches: Collection[np.ndarray], folder: Path, name: str) -> str:
     """Write the models of ``network`` and what else it has learnt; the name of the file that lists them.
 
     Args:
-        patches: (1, C, *patch) slices, to take the ranges of int8 from.
+        patches: (1, C, *patch) slices, to take the ranges of int8 from; some of them, where there are many.
         name: of the fold, which the files start with.
     """
     network = deepcopy(network).eval()
-    _fuse(network, tuple(patches[0].shape[2:]))
+    slices = [torch.from_numpy(patch) for patch in islice(patches, 0, None, -(-len(patches) // _SLICES))]
+    _fuse(network, tuple(slices[0].shape[2:]))
     stages = _stages(network)
-    inputs = _seen(network, stages, [torch.from_numpy(patch) for patch in patches])
+    inputs = _seen(network, stages, slices)
     parts = []
     for path, stage in stages.items():
         precisions = {precision_of(width) for width in _widths(network, stage)}
@@ -65,8 +69,10 @@ def write_stages(network: MedDANetV2, patches: Sequence[np.ndarray], folder: Pat
                 for precision in precisions:
                     if (precision == "int8") == (kind == "int8"):
                         parts.append({"module": path, "size": size, "precision": precision, "file": file})
-    np.savez(folder / f"{name}.npz", **{key: value.numpy() for key, value in _rest(network).items()})
-    (folder / f"{name}.json").write_text(json.dumps({"parts": parts, "rest": f"{name}.npz"}, indent=1))
+    with writing(folder / f"{name}.npz"):
+        np.savez(folder / f"{name}.npz", **{key: value.numpy() for key, value in _rest(network).items()})
+    with writing(folder / f"{name}.json"):
+        (folder / f"{name}.json").write_text(json.dumps({"parts": parts, "rest": f"{name}.npz"}, indent=1))
     return f"{name}.json"
 
 
@@ -123,6 +129,9 @@ class StagesEngine(TorchEngine):
         self.folds = len(files)
         _fuse(network, patch)
         self._networks = [_load(deepcopy(network), file, self.threads) for file in files]
+        parts = [part for part in self._networks[0].modules() if isinstance(part, _Compiled)]
+        if low := [part.computes_in[key] for part in parts for key in part.computes_in if key[1] != "fp32"]:
+            self.computes_in = low[0]
 
     def load(self, fold: int) -> None:
         self.network = self._networks[fold]
@@ -168,7 +177,9 @@ class _Compiled(nn.Module):
         super().__init__()
         self.files = files
         # Now, so that a model which cannot run is known before the first case.
-        self._requests = {key: compiled(file, key[1], threads).create_infer_request() for key, file in files.items()}
+        models = {key: compiled(file, key[1], threads) for key, file in files.items()}
+        self.computes_in = {key: computes_in(model) for key, model in models.items()}
+        self._requests = {key: model.create_infer_request() for key, model in models.items()}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         request = self._requests[tuple(x.shape[2:]), precision_of(current_width())]
