@@ -1,7 +1,8 @@
 """Network time of a patch by engine and precision, relative to stock nnU-Net in eager fp32, in one run.
 
-Every measurement of an engine is preceded by one of the stock network, and the ratio of the two is kept; the median
-over the rounds is reported. Weights are random, so int8 is calibrated on noise: this is about time, not accuracy.
+Every measurement of an engine goes with one of the stock network, which is first in every second round; the ratio of
+the two is kept, and the median over the rounds is reported. Weights are random, so int8 is calibrated on noise: this is
+about time, not accuracy.
 Example, on a machine that does nothing else:
 
     python benchmarks/engines.py --threads 2 --output benchmarks/results/engines.json
@@ -66,7 +67,11 @@ def measure(setting: str, only: list[str] | None, engines: list[str], threads: i
                 run = ready(network, engine, precision, x, threads)
                 seconds(lambda: stock(x))
                 first = seconds(run)
-                pairs = [(seconds(lambda: stock(x)), seconds(run)) for _ in range(rounds)]
+                pairs = []
+                for number in range(rounds):
+                    both = [lambda: stock(x), run]
+                    taken = [seconds(each) for each in (reversed(both) if number % 2 else both)]
+                    pairs.append(taken[::-1] if number % 2 else taken)
                 rows.append(
                     {
                         "setting": setting,
@@ -85,13 +90,17 @@ def measure(setting: str, only: list[str] | None, engines: list[str], threads: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--networks", nargs="+")
+    parser.add_argument(
+        "--networks", nargs="+", choices=sorted({name for names in NETWORKS.values() for name in names})
+    )
     parser.add_argument("--engines", nargs="+", choices=PRECISIONS, default=["openvino"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--side", type=int, help="voxels along each axis of the patch (default: 64 in 3D, 256 in 2D)")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if args.networks and not any(name in NETWORKS[setting] for name in args.networks for setting in args.settings):
+        parser.error(f"--settings {' '.join(args.settings)} have none of the networks {', '.join(args.networks)}")
     torch.set_num_threads(args.threads)
     if args.side:
         for setting in args.settings:

@@ -10,3 +10,7 @@ class UsageError(ValueError):
 
 class JobError(RuntimeError):
     """A well-formed request could not be carried out. The command line exits with status 1."""
+
+
+class NotFiniteError(JobError):
+    """A network gave logits that are NaN or infinite."""

@@ -68,9 +68,14 @@ def run(args: argparse.Namespace) -> int:
     folds = len(manifest.folds)
     print(f"{args.o}: {folds} fold{'s' * (folds != 1)}, {args.engine} {args.precision}, {size / 1e6:.1f} MB")
     for found in manifest.accuracy:
+        if not found["finite"]:
+            print(f"fold {found['fold']}: the exported model gives logits that are not finite")
+            continue
+        seen = found["cases_seen_in_training"]
         print(
             f"fold {found['fold']}: Dice {found['dice_exported']:.4f}, original {found['dice_original']:.4f}, "
-            f"on {len(found['cases'])} validation cases"
+            f"on {len(found['cases'])} "
+            + ("cases of the training: what new cases lose may be more" if seen else "validation cases")
         )
     if not manifest.accuracy:
         print("not checked: there were no preprocessed cases")

@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     # What needs neither torch nor nnU-Net first: a wrong word should not cost seconds.
     engine = args.engine or ("openvino" if args.precision == "int8" else "torch")  # int8: of an exported model
     check_engine(engine, args.precision, args.device or ("cuda" if args.precision == "fp16" else "cpu"))
-    check_installed(args.engine)
+    if args.m is None or not (args.m / MANIFEST).is_file():
+        check_installed(args.engine, otherwise=", or take --engine torch")
     if not args.i.is_dir():
         raise UsageError(f"-i got {args.i}; expected a folder with images.")
     if not 0 <= args.part_id < args.num_parts:

@@ -1,6 +1,7 @@
 """`nnunet_dyn export`: an exported model predicts as the original does, says so, and can be trusted to."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -15,23 +16,28 @@ from preprocessed import write_preprocessed
 from nnunet_dyn import cli
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.inference import Predictor, conversion
+from nnunet_dyn.inference.engines import Engine
+from nnunet_dyn.inference.exported import engine_of, sha256
+from nnunet_dyn.inference.exporting import ExportOptions, _Check, _put
 from nnunet_dyn.inference.model_folder import load_model
+from nnunet_dyn.inference.preprocessed import Cases, Patches
 
 pytest.importorskip("openvino", reason="the extra nnunet-dyn[openvino] is not installed")
 pytest.importorskip("nncf", reason="the extra nnunet-dyn[openvino] is not installed")
 
-ARRAY = models.image((17, 20, 22))
+ARRAY = models.image((16, 20, 17))
 SPACING = (1.0, 1.0, 1.0)
+MED_DANET = "nnUNetTrainerMedDANetV2"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return models.write_model(tmp_path_factory.mktemp("models") / "model")
+    return models.write_model(tmp_path_factory.mktemp("models") / "model", mirroring=(0,))
 
 
 @pytest.fixture(scope="module")
 def preprocessed(model, tmp_path_factory) -> Path:
-    return write_preprocessed(tmp_path_factory.mktemp("preprocessed"), model)
+    return write_preprocessed(tmp_path_factory.mktemp("preprocessed"), model, shape=(16, 20, 17))
 
 
 @pytest.fixture(autouse=True)
@@ -76,11 +82,12 @@ def test_the_manifest_says_what_is_in_the_folder(quantised):
     assert sorted(path.name for path in quantised.iterdir()) == sorted([*manifest["files"], "manifest.json"])
     assert {"fold_0.xml", "fold_0.bin", "plans.json", "dataset.json"} == set(manifest["files"])
     assert (manifest["engine"], manifest["precision"], manifest["trainer"]) == ("openvino", "int8", "nnUNetTrainer")
-    assert manifest["input_shape"] == [1, 1, 16, 16, 16] and manifest["mirroring_axes"] == [0, 1, 2]
+    assert manifest["input_shape"] == [1, 1, 16, 16, 16] and manifest["mirroring_axes"] == [0]
     assert {"nnunet_dyn", "nnunetv2", "torch", "openvino", "nncf"} <= set(manifest["versions"])
-    assert manifest["calibration"] == {"cases": 2, "patches": 8}
+    assert manifest["calibration"] == {"fold_0": {"cases": ["case_0", "case_1"], "patches": 8}}
     (found,) = manifest["accuracy"]
     assert found["cases"] == ["case_3", "case_4"] and found["dice_original"] > 0.999
+    assert not found["cases_seen_in_training"] and found["finite"] and found["computed_in"] in ("bf16", "fp32")
     assert found["dice_drop"] == pytest.approx(found["dice_original"] - found["dice_exported"])
     assert 0.001 < found["dice_drop"] < 0.5, "int8 is close, and not the same"
     assert len(found["dice_exported_by_class"]) == 4 and 0.5 < found["same_voxels"] < 1
@@ -154,6 +161,57 @@ def test_an_exported_model_is_used_as_it_was_checked(quantised, tmp_path, capsys
     assert expected in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def name_in_plans(folder: Path, **names: str) -> None:
+    """Let plans.json name other things: the network as ``network``, or a layer."""
+    plans = json.loads((folder / "plans.json").read_text())
+    (configuration,) = plans["configurations"].values()
+    architecture = configuration["architecture"]
+    if "network" in names:
+        architecture["network_class_name"] = names.pop("network")
+    architecture["arch_kwargs"] |= names
+    (folder / "plans.json").write_text(json.dumps(plans))
+
+
+def run_nothing(monkeypatch) -> None:
+    def refuse(*_, **__):
+        raise AssertionError("what the plans name was run")
+
+    for name in ("torch.hub.load", "os.system"):
+        monkeypatch.setattr(name, refuse)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "names", "expected"),
+    [
+        ("nnUNetTrainer", {}, "names trainer nnUNetTrainer for fold_0.json"),
+        (MED_DANET, dict(network="torch.hub.load"), "names torch.hub.load, which is no network or layer of nnunet_dyn"),
+        (MED_DANET, dict(network="nnunet_dyn.architectures.med_danet.torch.hub.load"), "which is no network or layer"),
+        (MED_DANET, dict(nonlin="os.system"), "names os.system, which is no network or layer"),
+        (MED_DANET, dict(network_class="models.Network"), "names models.Network, which is no network or layer"),
+        (MED_DANET, {}, r"fold_0.json lists \.\./other.bin, \.\./other.xml, of which .* has no hash"),
+    ],
+)
+def test_what_an_exported_folder_names_is_not_run(copy, monkeypatch, trainer, names, expected):
+    """Its hashes fit: whoever writes the folder writes them too."""
+    name_in_plans(copy, **names)
+    part = {"module": "policy", "size": [16, 16], "precision": "fp32", "file": "../other.xml"}
+    (copy / "fold_0.json").write_text(json.dumps({"parts": [part], "rest": "fold_0.bin"}))
+    files = {name: sha256(copy / name) for name in ("fold_0.json", "fold_0.bin", "plans.json", "dataset.json")}
+    change_manifest(copy, trainer=trainer, models=["fold_0.json"], files=files)
+    run_nothing(monkeypatch)
+    with pytest.raises(JobError, match=expected):
+        Predictor.from_folder(copy)
+
+
+@pytest.mark.parametrize("names", [dict(network="torch.hub.load"), dict(nonlin="torch.hub.load")])
+def test_what_a_model_folder_names_is_not_run(model, tmp_path, monkeypatch, names):
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    name_in_plans(folder, **names)
+    run_nothing(monkeypatch)
+    with pytest.raises(JobError, match="is no network or layer; expected only those"):
+        load_model(folder)
+
+
 def test_nothing_is_unpickled(quantised, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("something was unpickled")
@@ -161,6 +219,120 @@ def test_nothing_is_unpickled(quantised, monkeypatch):
     for name in ("pickle.load", "pickle.loads", "torch.load"):
         monkeypatch.setattr(name, refuse)
     assert Predictor.from_folder(quantised).engine.folds == 1
+
+
+def cases_of(model: Path, tmp_path: Path, preprocessed: Path) -> Cases:
+    """With splits that a test may change."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_preprocessed", str(shutil.copytree(preprocessed, tmp_path / "data")))
+        return Cases.of(load_model(model), model)
+
+
+def test_cases_of_the_training_are_not_taken_for_others(model, preprocessed, tmp_path):
+    copied = Path(shutil.copytree(model, tmp_path / "model"))
+    cases = cases_of(copied, tmp_path, preprocessed)
+    assert cases.split(0) == (["case_0", "case_1", "case_2"], ["case_3", "case_4"])
+    summary = copied / "fold_0" / "validation" / "summary.json"
+    summary.parent.mkdir()
+    for names in (["case_3", "case_4"], ["case_1", "case_3"]):
+        files = [{"prediction_file": f"/somewhere/{name}.nii.gz"} for name in names]
+        summary.write_text(json.dumps({"metric_per_case": files}))
+        if "case_4" in names:
+            assert cases.split(0)[1] == names
+    with pytest.raises(UsageError, match=r"other validation cases of fold 0 than .*summary.json, such as case_1"):
+        cases.split(0)
+    splits = cases.folder.parent / "splits_final.json"
+    splits.unlink()
+    with pytest.raises(UsageError, match=r"splits_final.json; expected the splits of the training"):
+        cases.split(0)
+    assert not splits.exists(), "nnU-Net would write one"
+    assert cases.split("all")[0] == cases.split("all")[1]
+
+
+class Fixed(Engine):
+    """Gives the same logits everywhere."""
+
+    name = "torch"
+
+    def __init__(self, logits):
+        super().__init__("fp32", 1, 1)
+        self.logits = torch.tensor(logits)
+
+    def load(self, fold):
+        pass
+
+    def infer(self, tiles):
+        return self.logits.view(1, -1, 1, 1, 1).expand(len(tiles), -1, *tiles.shape[2:]).clone()
+
+
+def check_of(model, preprocessed, tmp_path, fold=0) -> tuple[_Check, list[str]]:
+    """One whose original model finds class 1 alone, everywhere, on cases that have nothing else."""
+    lines = []
+    cases = cases_of(model, tmp_path, preprocessed)
+    options = ExportOptions("openvino", "fp32", validation_cases=1)
+    check = _Check(cases.model, Fixed([0.0, 1.0, 0.0, 0.0, 0.0]), cases, fold, options, lines.append)
+    return check, lines
+
+
+def test_classes_that_are_nowhere_do_not_count(model, preprocessed, tmp_path, monkeypatch):
+    check, lines = check_of(model, preprocessed, tmp_path)
+    shape = (16, 16, 16)
+    monkeypatch.setattr(Cases, "load", lambda self, name: (torch.zeros(1, *shape), np.ones(shape, int)))
+    found = check(Fixed([0.0, 1.0, 0.0, 0.0, 0.0]))
+    assert found["dice_original"] == 1 and found["dice_original_by_class"] == [1, None, None, None]
+    assert lines == [
+        "fold 0: case 1 of 1, case_3, by the original model",
+        "fold 0: case 1 of 1, case_3, by the exported model",
+    ]
+    found = check(Fixed([0.0, 0.0, 1.0, 0.0, 0.0]))
+    assert found["dice_exported_by_class"] == [0, 0, None, None] and found["dice_drop"] == 1, "false positives are 0"
+    found = check(Fixed([float("nan")] * 5))
+    assert found["dice_drop"] == 1 and not found["finite"] and "dice_exported" not in found
+    check._original, check._engine = None, Fixed([1.0, 0.0, 0.0, 0.0, 0.0])
+    monkeypatch.setattr(Cases, "load", lambda self, name: (torch.zeros(1, *shape), np.zeros(shape, int)))
+    with pytest.raises(JobError, match="none of the cases case_3 has foreground"):
+        check(check._engine)
+    monkeypatch.setattr(Cases, "load", lambda self, name: (_ for _ in ()).throw(AssertionError("too early")))
+    check._original = None
+    with pytest.raises(JobError, match="cannot run"):
+        check(engine_of("openvino")([tmp_path / "nothing.xml"], "fp32", 1))
+
+
+def test_fold_all_says_that_its_cases_were_trained_on(model, preprocessed, tmp_path):
+    assert check_of(model, preprocessed, tmp_path, "all")[0].seen
+
+
+def test_patches_are_the_same_and_one_at_a_time(model, preprocessed, tmp_path):
+    patches = Patches(cases_of(model, tmp_path, preprocessed), ("case_0", "case_1"), 3)
+    state = np.random.get_state()[1].copy()
+    first, second = list(patches), list(patches)
+    assert len(patches) == len(first) == 3 and iter(patches) is not iter(patches)
+    assert all((a == b).all() for a, b in zip(first, second, strict=True)) and (first[0] != first[1]).any()
+    assert (np.random.get_state()[1] == state).all()
+
+
+def test_what_cannot_be_written_is_one_error(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr("openvino.save_model", full)
+    with pytest.raises(JobError, match=r"Cannot write a.xml: No space left on device. Make space"):
+        conversion.save(None, tmp_path / "a.xml")
+
+
+def test_what_was_there_stays_if_the_new_one_cannot_be_moved(copy, tmp_path, monkeypatch):
+    new, replace = tmp_path / "new", os.replace
+    new.mkdir()
+
+    def fail(source, target):
+        if Path(source) == new:
+            raise OSError("a network drive went away")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="went away"):
+        _put(new, copy)
+    assert manifest_of(copy)["precision"] == "int8" and not partial(tmp_path)
 
 
 def lose_a_class(network) -> None:
@@ -203,7 +375,7 @@ def test_layers_are_put_back_until_the_check_passes(model, tmp_path, monkeypatch
     lose_a_class(trained.network)
     bad = conversion.convert(trained.network, "openvino", trained.input_shape)
 
-    def quantise(plain, patches, score=None, max_drop=None):
+    def quantise(plain, patches, score=None, max_drop=None, threads=None):
         if score is not None:
             assert score(conversion.runner(plain)) == 1 > score(conversion.runner(bad))
         limits.append(max_drop)
@@ -261,12 +433,26 @@ def test_an_exported_model_is_replaced_only_when_asked(model, copy, capsys):
 
 
 @pytest.mark.parametrize(("engine", "extra"), [("openvino", "openvino"), ("onnxruntime", "onnx")])
-def test_an_engine_that_is_not_installed(model, tmp_path, monkeypatch, capsys, engine, extra):
+def test_an_engine_that_is_not_installed(model, copy, tmp_path, monkeypatch, capsys, engine, extra):
+    change_manifest(copy, engine=engine)
     monkeypatch.setitem(sys.modules, engine, None)
     assert export(model, tmp_path / "exported", "--precision", "fp32", "--engine", engine) == 2
     assert f"pip install 'nnunet-dyn[{extra}]'" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="which is not installed"):
+    with pytest.raises(UsageError, match=r"which is not installed.*, or take --engine torch"):
         Predictor.from_folder(model, engine=engine, device="cpu")
+    with pytest.raises(UsageError, match=rf"nnunet-dyn\[{extra}\]'\.$"):  # an exported model has one engine
+        Predictor.from_folder(copy)
+
+
+def test_an_engine_that_is_broken(model, tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name == "nncf" or name.startswith("nncf.")]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "nncf.py").write_text("import a_library_that_is_missing")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert export(model, tmp_path / "exported", "--precision", "int8") == 2
+    shown = capsys.readouterr().err
+    assert "needs nncf, which cannot be imported: No module named 'a_library_that_is_missing'" in shown
+    assert "--engine torch" not in shown
 
 
 def test_quantisation_that_is_not_installed(model, tmp_path, monkeypatch, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
@@ -66,22 +66,43 @@ def _to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
 
 
 def save(model: openvino.Model | onnx.ModelProto, path: Path) -> None:
-    """Write ``model`` to ``path``, whose ending is that of :data:`ENDINGS`. Weights keep their precision."""
-    if path.suffix == ".onnx":
-        path.write_bytes(model.SerializeToString())
-        return
-    import openvino
+    """Write ``model`` to ``path``, whose ending is that of :data:`ENDINGS`, and read it. Weights keep their precision.
 
-    openvino.save_model(model, path, compress_to_fp16=False)
+    Raises:
+        JobError: no space, or another reason.
+    """
+    with writing(path):
+        if path.suffix == ".onnx":
+            import onnx
+
+            path.write_bytes(model.SerializeToString())
+            onnx.load(path)
+            return
+        import openvino
+
+        openvino.save_model(model, path, compress_to_fp16=False)
+        openvino.Core().read_model(path)
+
+
+@contextmanager
+def writing(path: Path):
+    """Turns what may go wrong when ``path`` is written into a JobError; OpenVINO has no errors of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise JobError(
+            f"Cannot write {path.name}: {' '.join(str(error).split())[:300]}. Make space, or take another folder."
+        ) from error
 
 
 def quantise(
     model: openvino.Model | onnx.ModelProto,
-    patches: Sequence[np.ndarray],
+    patches: Collection[np.ndarray],
     score: Callable[[Callable[[np.ndarray], np.ndarray]], float] | None = None,
     max_drop: float = 0.0,
     keep_first: bool = True,
     keep_last: bool = True,
+    threads: int | None = None,
 ) -> openvino.Model | onnx.ModelProto:
     """``model`` with its layers in int8, by NNCF's post-training quantisation.
 
@@ -95,27 +116,28 @@ def quantise(
         score: a number, higher where better, of a function from a patch to its logits. With it, layers that lose most
             are put back into their precision until no more than ``max_drop`` is lost on it.
         keep_first, keep_last: whether ``model`` begins with the image, and ends with the head.
+        threads: for what NNCF does not run itself.
 
     Raises:
         JobError: NNCF cannot do it.
     """
-    import nncf
-
-    name = model.graph.input[0].name if _is_onnx(model) else 0
-    calibration = nncf.Dataset([{name: patch} for patch in patches])
-    options: dict[str, Any] = {
-        "subset_size": len(patches),
-        "ignored_scope": nncf.IgnoredScope(names=_kept(_layers(model), keep_first, keep_last), validate=False),
-    }
     try:
+        import nncf
+
+        name = model.graph.input[0].name if _is_onnx(model) else 0
+        calibration = nncf.Dataset(patches, lambda patch: {name: patch})
+        options: dict[str, Any] = {
+            "subset_size": len(patches),
+            "ignored_scope": nncf.IgnoredScope(names=_kept(_layers(model), keep_first, keep_last), validate=False),
+        }
         with _quiet():
             if score is None:
                 return nncf.quantize(model, calibration, **options)
             return nncf.quantize_with_accuracy_control(
                 model,
                 calibration,
-                nncf.Dataset(list(patches)),
-                lambda candidate, _: float(score(runner(candidate))),
+                nncf.Dataset(patches),
+                lambda candidate, _: float(score(runner(candidate, threads))),
                 max_drop=max_drop,
                 drop_type=nncf.DropType.ABSOLUTE,
                 **options,
@@ -127,17 +149,18 @@ def quantise(
         ) from error
 
 
-def runner(model: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """From a (1, C, *patch) patch to its logits, by ``model``: of OpenVINO, compiled or not, or of ONNX."""
+def runner(model: Any, threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """From a (1, C, *patch) patch to its logits in fp32, by ``model``: of OpenVINO, compiled or not, or of ONNX."""
+    threads = threads or available_cores()
     if not _is_onnx(model):
         from nnunet_dyn.inference.openvino_engine import compiled
 
-        # NNCF hands over a wrapper of a compiled model.
-        ready = compiled(model, "fp32", available_cores()) if hasattr(model, "get_ordered_ops") else model
+        # NNCF hands over a wrapper of a model that it compiled, in fp32 and on every core.
+        ready = compiled(model, "fp32", threads) if hasattr(model, "get_ordered_ops") else model
         return lambda patch: ready(patch)[0]
     from nnunet_dyn.inference.onnxruntime_engine import session
 
-    ready = session(model.SerializeToString(), threads=0)  # its own default
+    ready = session(model.SerializeToString(), threads)
     return lambda patch: ready.run(None, {ready.get_inputs()[0].name: patch})[0]
 
 
@@ -150,7 +173,8 @@ def converted_engine(model: Model, engine: str, precision: str, threads: int | N
     """
     from nnunet_dyn.inference.exported import engine_of
 
-    check_installed(engine, *(("onnx", "onnxscript") if engine == "onnxruntime" else ()))
+    needed = ("onnx", "onnxscript") if engine == "onnxruntime" else ()
+    check_installed(engine, *needed, otherwise=", or take --engine torch", load=True)
     if precision == "int8":
         raise UsageError(
             "Got precision int8 for a model folder of nnU-Net; expected fp32 or bf16, since int8 needs training cases. "

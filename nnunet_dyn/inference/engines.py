@@ -9,6 +9,7 @@ import os
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar
 
@@ -58,21 +59,33 @@ def check_engine(engine: str, precision: str | None, device: str) -> str:
     return precision
 
 
-def check_installed(engine: str | None, *modules: str) -> None:
-    """Look for the package of ``engine``, and for ``modules`` of the same extra. Imports nothing.
+def check_installed(engine: str | None, *modules: str, otherwise: str = "", load: bool = False) -> None:
+    """Look for the package of ``engine``, and for ``modules`` of the same extra.
+
+    Args:
+        otherwise: what else may be done about it, such as ``", or take --engine torch"``.
+        load: import them, which also finds what is there and broken; else nothing is imported.
 
     Raises:
-        UsageError: it is not installed; names the extra.
+        UsageError: it is not installed, or cannot be imported; names the extra.
     """
     if engine not in EXTRAS:
         return
+    extra = f"nnunet-dyn[{EXTRAS[engine]}]"
     for module in (engine, *modules):
         if find_spec(module) is None:
-            extra = f"nnunet-dyn[{EXTRAS[engine]}]"
             raise UsageError(
                 f"Engine {engine} needs {module}, which is not installed; expected the extra {extra}. Run: pip install "
-                f"'{extra}', or take --engine torch."
+                f"'{extra}'{otherwise}."
             )
+        try:
+            if load:
+                import_module(module)
+        except ImportError as error:
+            raise UsageError(
+                f"Engine {engine} needs {module}, which cannot be imported: {error}. Expected the extra {extra}. Run: "
+                f"pip install --force-reinstall '{extra}'{otherwise}."
+            ) from error
 
 
 class Engine(ABC):
@@ -81,6 +94,8 @@ class Engine(ABC):
     Attributes:
         name: one of :data:`ENGINES`.
         precision: what it computes in, such as ``fp32``.
+        computes_in: what the rest of an int8 model, or all of another, is computed in where the CPU has no bf16;
+            known once a fold is loaded.
         threads: on the CPU, at most.
         folds: how many parameter sets ``load`` can choose from.
     """
@@ -89,6 +104,7 @@ class Engine(ABC):
 
     def __init__(self, precision: str, threads: int | None, folds: int):
         self.precision = precision
+        self.computes_in = "fp32" if precision == "int8" else precision
         self.threads = threads or available_cores()
         self.folds = folds
 

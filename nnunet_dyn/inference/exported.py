@@ -12,10 +12,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.inference.engines import CPU_PRECISIONS, MANIFEST, Engine, check_installed
-from nnunet_dyn.inference.model_folder import CHECKPOINT, build_network
+from nnunet_dyn.inference.model_folder import CHECKPOINT, build_network, check_classes
 
 #: Of the manifest. A folder with a higher one was written by a version that this one does not know.
 FORMAT = 1
+# Whose classes the plans of an exported network may name, where it is built again.
+_PACKAGES = ("nnunet_dyn", "dynamic_network_architectures", "torch")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Manifest:
             raise ValueError(f"engine and precision got {self.engine} {self.precision}; expected an engine's own.")
         if len(self.models) != len(self.folds) or not self.folds:
             raise ValueError(f"models got {self.models} for folds {self.folds}; expected one of each fold.")
-        if missing := {"plans.json", "dataset.json", *self.models} - set(self.files):
+        weights = [str(Path(name).with_suffix(".bin")) for name in self.models if name.endswith(".xml")]
+        if missing := {"plans.json", "dataset.json", *self.models, *weights} - set(self.files):
             raise ValueError(f"files got no hash of {', '.join(sorted(missing))}; expected one of every file.")
         if any(Path(name).name != name for name in self.files):
             raise ValueError(f"files got {', '.join(self.files)}; expected files of the folder itself.")
@@ -120,10 +123,27 @@ class Exported:
         return engine_of(manifest.engine)(files, manifest.precision, threads)
 
     def _stages_engine(self, files: list[Path], threads: int | None) -> Engine:
-        check_installed(self.manifest.engine)
-        from nnunet_dyn.inference.stages import StagesEngine
+        check_installed(self.manifest.engine, load=True)
+        from nnunet_dyn import trainers
+        from nnunet_dyn.inference.stages import StagesEngine, listed
+        from nnunet_dyn.trainers.med_danet import MedDANetTrainer
 
-        network = build_network(self.manifest.trainer, self.plans, self.configuration, self.dataset)
+        # The only part of an exported model that builds a network. Hashes do not help: they lie in the same folder.
+        name, manifest = self.manifest.trainer, self.folder / MANIFEST
+        found = getattr(trainers, name, None)
+        if not (isinstance(found, type) and issubclass(found, MedDANetTrainer)):
+            raise JobError(
+                f"{manifest} names trainer {name} for {files[0].name}; expected one of Med-DANet V2. Export the model "
+                "again."
+            )
+        check_classes(self.configuration, _PACKAGES)
+        for file in files:
+            if unknown := sorted(set(listed(file)) - set(self.manifest.files)):
+                raise JobError(
+                    f"{file} lists {', '.join(unknown)}, of which {manifest} has no hash; expected files of the "
+                    "export. Export the model again."
+                )
+        network = build_network(name, self.plans, self.configuration, self.dataset)
         return StagesEngine(network, files, tuple(self.configuration.patch_size), threads)
 
 
@@ -133,7 +153,7 @@ def engine_of(name: str) -> type[Engine]:
     Raises:
         UsageError: it is not installed.
     """
-    check_installed(name)
+    check_installed(name, load=True)
     from nnunet_dyn.inference.onnxruntime_engine import ONNXRuntimeEngine
     from nnunet_dyn.inference.openvino_engine import OpenVINOEngine
 

@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ import torch
 from torch import nn
 
 from nnunet_dyn import __version__
-from nnunet_dyn.errors import JobError, UsageError
-from nnunet_dyn.inference.conversion import ENDINGS, convert, quantise, runner, save
+from nnunet_dyn.decisions import DecidingNetwork
+from nnunet_dyn.errors import JobError, NotFiniteError, UsageError
+from nnunet_dyn.inference.conversion import ENDINGS, convert, quantise, runner, save, writing
 from nnunet_dyn.inference.engines import MANIFEST, Engine, TorchEngine, check_engine, check_installed
 from nnunet_dyn.inference.exported import Manifest, engine_of, is_exported, sha256
 from nnunet_dyn.inference.model_folder import CHECKPOINT, Model, available_folds, load_model
 from nnunet_dyn.inference.predictor import Predictor
-from nnunet_dyn.inference.preprocessed import Cases, dice, spread
+from nnunet_dyn.inference.preprocessed import Cases, Patches, dice, mean, spread
 
 #: Packages whose versions the manifest has, where they are installed.
 PACKAGES = ("nnunetv2", "torch", "openvino", "nncf", "onnx", "onnxruntime")
@@ -97,11 +99,12 @@ def export_model(
             than an exported model in ``output``.
         JobError: the model cannot be converted, or loses more than ``max_dice_drop``.
     """
-    check_installed(options.engine, *_also_needed(options))
+    check_installed(options.engine, *_also_needed(options), load=True)
     if output.exists() and not (overwrite and is_exported(output)):
         remedy = "Take another folder" + (", or --overwrite" if is_exported(output) and not overwrite else "")
         raise UsageError(f"{output} is there already; expected a new folder. {remedy}.")
     model = load_model(folder, folds, checkpoint)
+    _check_decides(model.network, options)
     names = list(folds or available_folds(folder, checkpoint))
     try:
         cases = Cases.of(model, folder)
@@ -116,9 +119,8 @@ def export_model(
         raise UsageError(f"Cannot write into {output.parent}: {error.strerror}. Take another folder.") from error
     try:
         manifest = _write(model, cases, names, checkpoint, options, Path(temporary), report)
-        _put(Path(temporary), output)
-    except OSError as error:
-        raise JobError(f"Cannot write {output}: {error}. Make space, or take another folder.") from error
+        with writing(output):
+            _put(Path(temporary), output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return manifest
@@ -137,20 +139,30 @@ def _put(temporary: Path, output: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".old-{output.name}-"))
     os.replace(output, old / output.name)
-    os.replace(temporary, output)
+    try:
+        os.replace(temporary, output)
+    except BaseException:
+        os.replace(old / output.name, output)
+        old.rmdir()
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_stages(model: Model, patches: Sequence[np.ndarray], folder: Path, name: str) -> str:
+def _check_decides(network: nn.Module, options: ExportOptions) -> None:
+    if not isinstance(network, DecidingNetwork):
+        return
     from nnunet_dyn.architectures.med_danet import MedDANetV2
-    from nnunet_dyn.inference.stages import write_stages
 
-    if not isinstance(model.network, MedDANetV2):
+    if not isinstance(network, MedDANetV2):
         raise UsageError(
-            f"Got a {type(model.network).__name__}, which decides what it computes; expected Med-DANet V2 or a network "
-            "that does not. Predict with --engine torch."
+            f"Got a {type(network).__name__}, which decides what it computes; expected Med-DANet V2 or a network that "
+            "does not. Predict with --engine torch."
         )
-    return write_stages(model.network, patches, folder, name)
+    if (options.engine, options.precision) != ("openvino", "int8"):
+        raise UsageError(
+            f"Got {options.engine} {options.precision} for a network that chooses its bits; expected openvino int8. "
+            "Take those, or predict with --engine torch."
+        )
 
 
 def _engine(model: Model, path: Path, options: ExportOptions) -> Engine:
@@ -169,16 +181,18 @@ class _Agreement:
     quantisation loses would be lost among that.
     """
 
-    def __init__(self, cases: Cases, original: Any, patches: Sequence[np.ndarray]):
-        self.cases, self.patches = cases, patches[:: -(-len(patches) // _PATCHES_FOR_FALLBACK)]
-        self.expected = self._segment(runner(original))
+    def __init__(self, cases: Cases, original: Any, patches: Patches, threads: int | None):
+        self.cases = cases
+        self.patches = list(islice(patches, 0, None, -(-len(patches) // _PATCHES_FOR_FALLBACK)))
+        self.expected = self._segment(runner(original, threads))
 
     def _segment(self, run: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
         return [self.cases.segment(torch.from_numpy(run(patch)[0])) for patch in self.patches]
 
     def __call__(self, run: Callable[[np.ndarray], np.ndarray]) -> float:
         counts = [self.cases.count(*pair) for pair in zip(self._segment(run), self.expected, strict=True)]
-        return float(dice(sum(counts)).mean())
+        scores = dice(sum(counts))
+        return 1.0 if np.isnan(scores).all() else float(mean(scores))  # neither finds anything
 
 
 class _Check:
@@ -186,14 +200,17 @@ class _Check:
 
     Attributes:
         names: the cases.
+        seen: whether the model was trained on some of them, as that of fold ``all`` was.
     """
 
-    def __init__(self, model: Model, original: Engine, cases: Cases, fold: int | str, options: ExportOptions):
-        self.model, self.cases, self.fold = model, cases, fold
-        self.names = spread(cases.split(fold)[1], options.validation_cases)
-        self._original = self._predict(original)
+    def __init__(self, model: Model, original: Engine, cases: Cases, fold: int | str, options: ExportOptions, report):
+        self.model, self.cases, self.fold, self.report = model, cases, fold, report
+        training, validation = cases.split(fold)
+        self.names = spread(validation, options.validation_cases)
+        self.seen = not set(training).isdisjoint(self.names)
+        self._engine, self._original = original, None
 
-    def _predict(self, engine: Engine) -> list[np.ndarray]:
+    def _predict(self, engine: Engine, what: str) -> list[np.ndarray]:
         with redirect_stdout(StringIO()):  # nnU-Net explains perform_everything_on_device
             predictor = Predictor(device=torch.device("cpu"), allow_tqdm=False)
         model = self.model
@@ -207,26 +224,52 @@ class _Check:
             model.mirroring_axes,
             engine=engine,
         )
-        return [
-            self.cases.segment(predictor.predict_logits_from_preprocessed_data(self.cases.load(name)[0]))
-            for name in self.names
-        ]
+        segmentations = []
+        for number, name in enumerate(self.names, 1):
+            self.report(f"fold {self.fold}: case {number} of {len(self.names)}, {name}, by the {what} model")
+            logits = predictor.predict_logits_from_preprocessed_data(self.cases.load(name)[0])
+            segmentations.append(self.cases.segment(logits))
+        return segmentations
 
     def __call__(self, engine: Engine) -> dict[str, Any]:
-        """What the manifest has of a fold: the mean over cases of each class's Dice, and their mean."""
-        exported, scores = self._predict(engine), []
+        """What the manifest has of a fold: the mean over cases of each class's Dice, and their mean, as nnU-Net's.
+
+        A class that no case has and no prediction found does not count, and is ``None``.
+
+        Raises:
+            JobError: there is no class that counts.
+        """
+        engine.load(0)  # what cannot run should not cost the predictions of the original
+        if self._original is None:
+            self._original = self._predict(self._engine, "original")
+        found = {"fold": self.fold, "cases": self.names, "cases_seen_in_training": self.seen}
+        found |= {"computed_in": engine.computes_in, "finite": True}
+        if engine.computes_in != "bf16" and engine.name == "openvino" and engine.precision != "fp32":
+            self.report(f"fold {self.fold}: this CPU has no bf16: what is to be in bf16 is checked in fp32")
+        try:
+            exported = self._predict(engine, "exported")
+        except NotFiniteError:
+            return found | {"finite": False, "dice_drop": 1.0}
+        scores = []
         for name, pair in zip(self.names, zip(self._original, exported, strict=True), strict=True):
             labels = self.cases.load(name)[1]
             scores.append([dice(self.cases.count(segmentation, labels)) for segmentation in pair])
-        original, of_exported = np.mean(scores, axis=0)
-        return {
-            "fold": self.fold,
-            "cases": self.names,
-            "dice_original": float(original.mean()),
-            "dice_exported": float(of_exported.mean()),
-            "dice_drop": float(original.mean() - of_exported.mean()),
-            "dice_original_by_class": original.tolist(),
-            "dice_exported_by_class": of_exported.tolist(),
+        by_class = mean(np.array(scores))
+        original, of_exported = (float(mean(of_model)) for of_model in by_class)
+        if np.isnan(original) or np.isnan(of_exported):
+            raise JobError(
+                f"Fold {self.fold}: none of the cases {', '.join(self.names)} has foreground, in the labels or as "
+                "predicted; expected some to measure Dice on. Take more with --validation-cases."
+            )
+        names = ("dice_original_by_class", "dice_exported_by_class")
+        return found | {
+            "dice_original": original,
+            "dice_exported": of_exported,
+            "dice_drop": original - of_exported,
+            **{
+                name: [None if np.isnan(value) else float(value) for value in of_model]
+                for name, of_model in zip(names, by_class, strict=True)
+            },
             "same_voxels": float(np.mean([(a == b).mean() for a, b in zip(self._original, exported, strict=True)])),
         }
 
@@ -239,57 +282,63 @@ def _umask() -> int:
 
 def _write(model, cases: Cases | None, folds, checkpoint, options: ExportOptions, folder: Path, report) -> Manifest:
     accuracy, calibration, models, shape = [], {}, [], model.input_shape
-    decides = hasattr(model.network, "decide")
-    if decides and (options.engine, options.precision) != ("openvino", "int8"):
-        raise UsageError(
-            f"Got {options.engine} {options.precision} for a network that chooses its bits; expected openvino int8."
-        )
+    decides = isinstance(model.network, DecidingNetwork)
     for fold, parameters in zip(folds, model.parameters, strict=True):
         original = TorchEngine(model.network, [parameters], torch.device("cpu"), "fp32", options.threads)
         original.load(0)
-        check = None if cases is None else _Check(model, original, cases, fold, options)
-        patches: list[np.ndarray] = []
+        check = None if cases is None else _Check(model, original, cases, fold, options, report)
+        patches: Patches | tuple = ()
         if options.precision == "int8":
             names = spread(cases.split(fold)[0], options.calibration_cases)
-            patches = cases.patches(names, _PATCHES * len(names))
-            calibration = {"cases": len(names), "patches": len(patches)}
+            patches = Patches(cases, tuple(names), _PATCHES * len(names))
+            calibration |= {f"fold_{fold}": {"cases": names, "patches": len(patches)}}
         report(f"fold {fold}: converting" + (f", on {len(patches)} patches for int8" if patches else ""))
         plain = None
         if decides:
-            path = folder / _write_stages(model, patches, folder, f"fold_{fold}")
+            from nnunet_dyn.inference.stages import write_stages
+
+            path = folder / write_stages(model.network, patches, folder, f"fold_{fold}")
         else:
             path = folder / f"fold_{fold}{ENDINGS[options.engine]}"
             plain = convert(deepcopy(model.network), options.engine, shape)
-            exported = quantise(plain, patches) if patches else plain
+            exported = quantise(plain, patches, threads=options.threads) if patches else plain
             save(exported, path)
         models.append(path.name)
         if check is not None:
             report(f"fold {fold}: checking on {len(check.names)} validation cases")
             found = check(_engine(model, path, options))
-            if plain is not None and patches and found["dice_drop"] > options.max_dice_drop:
+            if plain is not None and patches and not (found["finite"] and found["dice_drop"] <= options.max_dice_drop):
                 report(f"fold {fold}: loses {found['dice_drop']:.4f} Dice; putting the layers back that lose most")
-                score = _Agreement(cases, plain, patches)
-                lost = 1 - score(runner(exported))
+                score = _Agreement(cases, plain, patches, options.threads)
+                lost = 1 - score(runner(exported, options.threads))
                 for share in _FALLBACK:
                     # Not over the file that was checked, which OpenVINO may still have mapped.
                     attempt = Path(tempfile.mkdtemp(dir=folder))
-                    save(quantise(plain, patches, score, lost * share), attempt / path.name)
+                    quantised = quantise(plain, patches, score, lost * share, threads=options.threads)
+                    save(quantised, attempt / path.name)
                     found = check(_engine(model, attempt / path.name, options)) | {"layers_put_back": True}
                     for file in attempt.iterdir():
                         os.replace(file, folder / file.name)
                     attempt.rmdir()
-                    if found["dice_drop"] <= options.max_dice_drop:
+                    if found["finite"] and found["dice_drop"] <= options.max_dice_drop:
                         break
-            report(f"fold {fold}: Dice {found['dice_original']:.4f}, exported {found['dice_exported']:.4f}")
+            if found["finite"]:
+                report(f"fold {fold}: Dice {found['dice_original']:.4f}, exported {found['dice_exported']:.4f}")
             accuracy.append(found)
     lost = max((found["dice_drop"] for found in accuracy), default=0.0)
+    if (bad := [str(found["fold"]) for found in accuracy if not found["finite"]]) and not options.force:
+        raise JobError(
+            f"The exported model of fold {', '.join(bad)} gives logits that are NaN or too large for half precision, "
+            "which the original does not; expected finite ones. Nothing was written. Take fp32."
+        )
     if lost > options.max_dice_drop and not options.force:
         raise JobError(
             f"The exported model loses {lost:.4f} of mean Dice; expected {options.max_dice_drop} at most. Nothing was "
             "written. Take bf16, allow more with --max-dice-drop, or write it all the same with --force."
         )
-    (folder / "plans.json").write_text(json.dumps(model.plans.plans, indent=1))
-    (folder / "dataset.json").write_text(json.dumps(model.dataset, indent=1))
+    for name, content in (("plans.json", model.plans.plans), ("dataset.json", model.dataset)):
+        with writing(folder / name):
+            (folder / name).write_text(json.dumps(content, indent=1))
     versions = {"nnunet_dyn": __version__}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -310,5 +359,6 @@ def _write(model, cases: Cases | None, folds, checkpoint, options: ExportOptions
         max_dice_drop=None if cases is None else options.max_dice_drop,
         calibration=calibration,
     )
-    (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
+    with writing(folder / MANIFEST):
+        (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
     return manifest

@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from pydoc import ErrorDuringImport, locate
 
 import numpy as np
 import torch
@@ -162,12 +163,47 @@ def load_checkpoint(path: Path) -> dict:
     return {key: content[key] for key in needed if key in content}
 
 
+def check_classes(configuration: ConfigurationManager, packages: Sequence[str] | None = None) -> None:
+    """Check that what the plans name is made of networks and layers: nnU-Net calls whatever it is, as they tell it to.
+
+    Args:
+        packages: those whose classes may be named; ``None``: any. Names of others are not even imported.
+
+    Raises:
+        JobError: something else is named.
+    """
+    kwargs = configuration.network_arch_init_kwargs
+    keys = {*configuration.network_arch_init_kwargs_req_import, "network_class"}
+    for name in (configuration.network_arch_class_name, *(kwargs.get(key) for key in sorted(keys))):
+        if name is None:
+            continue
+        inside = packages is None or str(name).partition(".")[0] in packages
+        try:
+            found = locate(name) if inside else None
+        except ErrorDuringImport as error:
+            raise JobError(f"Cannot import {name}, which plans.json names: {error}. Install what it needs.") from error
+        if found is None and packages is None:  # nnU-Net looks for it elsewhere, among its own networks
+            continue
+        # Asked of what was found: a dotted path leads through modules to what they import.
+        origin = getattr(found, "__module__", "") or ""
+        own = inspect.isfunction(found) and origin.startswith("nnunet_dyn.architectures.")
+        if not (own or (inspect.isclass(found) and issubclass(found, nn.Module))) or not (
+            packages is None or origin.partition(".")[0] in packages
+        ):
+            where = "" if packages is None else f" of {', '.join(packages)}"
+            raise JobError(
+                f"plans.json names {name}, which is no network or layer{where}; expected only those, because whatever "
+                "it names is run. Take a model from a source you trust."
+            )
+
+
 def build_network(trainer: str, plans: PlansManager, configuration: ConfigurationManager, dataset: dict) -> nn.Module:
     """The network that trainer ``trainer`` trains, without deep supervision.
 
     Raises:
-        JobError: nnU-Net does not find the trainer.
+        JobError: nnU-Net does not find the trainer, or the plans name something else than networks and layers.
     """
+    check_classes(configuration)
     try:
         with redirect_stdout(StringIO()):  # nnU-Net reports its search
             trainer_class = recursive_find_trainer_class_by_name(trainer)

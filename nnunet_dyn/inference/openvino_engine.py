@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_dyn.errors import JobError
-from nnunet_dyn.inference.engines import Engine
+from nnunet_dyn.inference.engines import Engine, available_cores
 
 if TYPE_CHECKING:
     import openvino
@@ -30,13 +30,16 @@ class OpenVINOEngine(Engine):
     def __init__(self, models: Sequence[Path | openvino.Model], precision: str, threads: int | None = None):
         super().__init__(precision, threads, len(models))
         self.models = models
-        self._requests: dict[int, openvino.InferRequest] = {}
+        self._loaded: int | None = None
         self._request: openvino.InferRequest | None = None
 
     def load(self, fold: int) -> None:
-        if fold not in self._requests:
-            self._requests[fold] = compiled(self.models[fold], self.precision, self.threads).create_infer_request()
-        self._request = self._requests[fold]
+        if self._loaded == fold:
+            return
+        self._loaded = self._request = None  # first, so that the memory of one fold is enough
+        model = compiled(self.models[fold], self.precision, self.threads)
+        self.computes_in = computes_in(model)
+        self._request, self._loaded = model.create_infer_request(), fold
 
     def infer(self, tiles: torch.Tensor) -> torch.Tensor:
         import torch
@@ -51,6 +54,11 @@ def run(request: openvino.InferRequest, *inputs: torch.Tensor):
     return request.infer([x.contiguous().numpy() for x in inputs], share_inputs=True, share_outputs=True)[0]
 
 
+def computes_in(model: openvino.CompiledModel) -> str:
+    """What ``model`` computes in where it is not quantised: fp32 instead of bf16 on a CPU that has none."""
+    return "bf16" if "bf" in str(model.get_property("INFERENCE_PRECISION_HINT")) else "fp32"
+
+
 def compiled(model: Path | openvino.Model, precision: str, threads: int) -> openvino.CompiledModel:
     """``model`` for the CPU.
 
@@ -63,6 +71,8 @@ def compiled(model: Path | openvino.Model, precision: str, threads: int) -> open
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
+        # Pinned threads of several processes, each with some of the cores, would wait for the same ones.
+        "ENABLE_CPU_PINNING": threads >= available_cores(),
     }
     try:
         return openvino.Core().compile_model(model, "CPU", config)

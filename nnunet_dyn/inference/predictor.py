@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nnunet_dyn.decisions import EVERYTHING_ON, SKIP, CaseDecisions, Decision, TileDecision
-from nnunet_dyn.errors import JobError, UsageError
+from nnunet_dyn.errors import JobError, NotFiniteError, UsageError
 from nnunet_dyn.inference.conversion import converted_engine
 from nnunet_dyn.inference.engines import Engine, TorchEngine, check_engine
 from nnunet_dyn.inference.export import complete_files, probabilities_file, segment
@@ -328,12 +328,12 @@ class Predictor(nnUNetPredictor):
         """As nnU-Net's: (classes, *shape) in half precision from (C, *shape).
 
         Raises:
-            JobError: logits that are not finite.
+            NotFiniteError: logits that are not finite.
         """
         logits = super().predict_sliding_window_return_logits(input_image)
         # Not before: nnU-Net would take the error for a lack of memory and predict once more.
         if not all(bool(of_class.isfinite().all()) for of_class in logits):
-            raise JobError(
+            raise NotFiniteError(
                 "The network gave logits that are NaN or too large for half precision; expected finite ones. Check "
                 "the checkpoint, and that the images are like those of the training."
             )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,11 +29,13 @@ class Cases:
     """The preprocessed cases of a model's configuration.
 
     Attributes:
+        model_folder: where the model was trained to.
         folder: of the configuration's data, inside that of the data set.
         previous_stage: folder of the segmentations of a cascade's first stage.
     """
 
     model: Model
+    model_folder: Path
     folder: Path
     previous_stage: Path | None
 
@@ -62,10 +65,21 @@ class Cases:
                     f"No segmentations {previous} of the previous stage, {before}; expected those that its training "
                     "wrote. Export the second stage beside the first one's model folder."
                 )
-        return cls(model, folder, previous)
+        return cls(model, model_folder, folder, previous)
 
     def split(self, fold: int | str) -> tuple[list[str], list[str]]:
-        """Training and validation cases of ``fold``, as nnU-Net splits them."""
+        """Training and validation cases of ``fold``, as nnU-Net splits them; of fold ``all`` both are all cases.
+
+        Raises:
+            UsageError: no splits, from which nnU-Net would make new ones, or others than those of the training.
+            JobError: a summary of the validation that cannot be read.
+        """
+        splits = self.folder.parent / "splits_final.json"
+        if fold != "all" and not splits.is_file():
+            raise UsageError(
+                f"No {splits}; expected the splits of the training, without which a case of the training may be taken "
+                "for one of the validation. Copy that file from where the model was trained."
+            )
         trainer = SimpleNamespace(
             fold=fold,
             dataset_class=infer_dataset_class(str(self.folder)),
@@ -74,7 +88,21 @@ class Cases:
             folder_with_segs_from_previous_stage=None,
             print_to_log_file=lambda *_: None,
         )
-        return nnUNetTrainer.do_split(trainer)
+        training, validation = map(list, nnUNetTrainer.do_split(trainer))
+        summary = self.model_folder / f"fold_{fold}" / "validation" / "summary.json"
+        if summary.is_file():
+            ending = self.model.dataset["file_ending"]
+            try:
+                cases = json.loads(summary.read_text())["metric_per_case"]
+                done = {Path(case["prediction_file"]).name.removesuffix(ending) for case in cases}
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise JobError(f"Cannot read {summary}: {type(error).__name__}: {error}. Remove it.") from error
+            if done != set(validation):
+                raise UsageError(
+                    f"{splits} has other validation cases of fold {fold} than {summary}, such as "
+                    f"{min(done ^ set(validation))}; expected the splits of the training. Put that file back."
+                )
+        return training, validation
 
     def _dataset(self, names: Sequence[str]):
         previous = None if self.previous_stage is None else str(self.previous_stage)
@@ -83,32 +111,43 @@ class Cases:
     def _labels(self) -> LabelManager:
         return self.model.plans.get_label_manager(self.model.dataset)
 
-    def patches(self, names: Sequence[str], count: int) -> list[np.ndarray]:
+    def patches(self, names: Sequence[str], count: int) -> Iterator[np.ndarray]:
         """``count`` patches of the cases ``names``, (1, C, *patch) float32; the same ones in every call."""
         size, labels = self.model.configuration.patch_size, self._labels()
         loader = nnUNetDataLoader(
             self._dataset(names), 1, size, size, labels, _FOREGROUND, probabilistic_oversampling=True
         )
-        state = np.random.get_state()
-        np.random.seed(0)
-        try:
-            batches = [loader.generate_train_batch() for _ in range(count)]
-        finally:
-            np.random.set_state(state)
-        if self.previous_stage is None:
-            return [batch["data"].numpy() for batch in batches]
-        return [
-            np.concatenate((batch["data"][0], _one_hot(batch["target"][0, 1].numpy(), labels)))[None]
-            for batch in batches
-        ]
+        own = np.random.RandomState(0).get_state()
+        for _ in range(count):
+            state = np.random.get_state()
+            np.random.set_state(own)
+            try:
+                batch = loader.generate_train_batch()
+            finally:
+                own = np.random.get_state()
+                np.random.set_state(state)
+            if self.previous_stage is None:
+                yield batch["data"].numpy()
+            else:
+                yield np.concatenate((batch["data"][0], _one_hot(batch["target"][0, 1].numpy(), labels)))[None]
 
     def load(self, name: str) -> tuple[torch.Tensor, np.ndarray]:
-        """The network's input, (C, *shape) float32, and the labels, (*shape)."""
-        image, labels, previous, _ = self._dataset([name]).load_case(name)
-        image = np.asarray(image[:], dtype=np.float32)
+        """The network's input, (C, *shape) float32, and the labels, (*shape).
+
+        Raises:
+            JobError: they cannot be read.
+        """
+        try:
+            image, labels, previous, _ = self._dataset([name]).load_case(name)
+            image, labels = np.asarray(image[:], dtype=np.float32), np.asarray(labels[0])
+        except Exception as error:  # each file format has many
+            raise JobError(
+                f"Cannot read the preprocessed case {name} in {self.folder}: {type(error).__name__}: {error}. Run "
+                "nnUNetv2_preprocess again."
+            ) from error
         if previous is not None:
             image = np.concatenate((image, _one_hot(np.asarray(previous[:]), self._labels())))
-        return torch.from_numpy(image), np.asarray(labels[0])
+        return torch.from_numpy(image), labels
 
     def segment(self, logits: torch.Tensor) -> np.ndarray:
         """(classes, *shape) → labels, (*shape)."""
@@ -123,11 +162,32 @@ class Cases:
         return np.array([compute_tp_fp_fn_tn(*pair, ignored)[:3] for pair in masks])
 
 
+@dataclass(frozen=True)
+class Patches:
+    """Patches of the cases ``names``, read anew whenever they are gone through, so that memory holds one at a time."""
+
+    cases: Cases
+    names: tuple[str, ...]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self.cases.patches(self.names, self.count)
+
+
 def dice(counts: np.ndarray) -> np.ndarray:
-    """Of (…, 3) counts as :meth:`Cases.count` has them; where nothing is and nothing was found, 1."""
+    """Of (…, 3) counts as :meth:`Cases.count` has them; as in nnU-Net, NaN where nothing is and nothing was found."""
     found, wrong, missed = np.moveaxis(counts, -1, 0)
     size = 2 * found + wrong + missed
-    return np.where(size, 2 * found / np.maximum(size, 1), 1.0)
+    return np.where(size, 2 * found / np.maximum(size, 1), np.nan)
+
+
+def mean(scores: np.ndarray) -> np.ndarray:
+    """Over the first axis, without NaN; NaN where there is nothing else."""
+    there = ~np.isnan(scores)
+    return np.where(there.any(0), np.nansum(scores, 0) / np.maximum(there.sum(0), 1), np.nan)
 
 
 def _one_hot(segmentation: np.ndarray, labels: LabelManager) -> np.ndarray:

@@ -7,25 +7,27 @@ shape is fixed, there is a model of a module for each size that it can meet: the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from nnunet_dyn.architectures.med_danet import Decision, MedDANetV2, crop_size
-from nnunet_dyn.inference.conversion import convert, quantise, save
+from nnunet_dyn.errors import JobError
+from nnunet_dyn.inference.conversion import convert, quantise, save, writing
 from nnunet_dyn.inference.engines import TorchEngine
-from nnunet_dyn.inference.openvino_engine import compiled, run
+from nnunet_dyn.inference.openvino_engine import compiled, computes_in, run
 from nnunet_dyn.quantization import FULL_PRECISION, current_width
 
-if TYPE_CHECKING:
-    import openvino
-
 Size = tuple[int, int]
+# What every module gets of so many slices is in memory at once.
+_SLICES = 16
 
 
 def precision_of(width: int) -> str:
@@ -33,17 +35,18 @@ def precision_of(width: int) -> str:
     return "fp32" if width == FULL_PRECISION else "int8" if width <= 8 else "bf16"
 
 
-def write_stages(network: MedDANetV2, patches: Sequence[np.ndarray], folder: Path, name: str) -> str:
+def write_stages(network: MedDANetV2, patches: Collection[np.ndarray], folder: Path, name: str) -> str:
     """Write the models of ``network`` and what else it has learnt; the name of the file that lists them.
 
     Args:
-        patches: (1, C, *patch) slices, to take the ranges of int8 from.
+        patches: (1, C, *patch) slices, to take the ranges of int8 from; some of them, where there are many.
         name: of the fold, which the files start with.
     """
     network = deepcopy(network).eval()
-    _fuse(network, tuple(patches[0].shape[2:]))
+    slices = [torch.from_numpy(patch) for patch in islice(patches, 0, None, -(-len(patches) // _SLICES))]
+    _fuse(network, tuple(slices[0].shape[2:]))
     stages = _stages(network)
-    inputs = _seen(network, stages, [torch.from_numpy(patch) for patch in patches])
+    inputs = _seen(network, stages, slices)
     parts = []
     for path, stage in stages.items():
         precisions = {precision_of(width) for width in _widths(network, stage)}
@@ -66,21 +69,57 @@ def write_stages(network: MedDANetV2, patches: Sequence[np.ndarray], folder: Pat
                 for precision in precisions:
                     if (precision == "int8") == (kind == "int8"):
                         parts.append({"module": path, "size": size, "precision": precision, "file": file})
-    replaced = tuple(f"{path}." for path in stages)
-    rest = {key: value.numpy() for key, value in network.state_dict().items() if not key.startswith(replaced)}
-    rest = {key: value for key, value in rest.items() if not key.startswith("backbone.")}  # the same modules again
-    np.savez(folder / f"{name}.npz", **rest)
-    (folder / f"{name}.json").write_text(json.dumps({"parts": parts, "rest": f"{name}.npz"}, indent=1))
+    with writing(folder / f"{name}.npz"):
+        np.savez(folder / f"{name}.npz", **{key: value.numpy() for key, value in _rest(network).items()})
+    with writing(folder / f"{name}.json"):
+        (folder / f"{name}.json").write_text(json.dumps({"parts": parts, "rest": f"{name}.npz"}, indent=1))
     return f"{name}.json"
 
 
+def listed(file: Path) -> list[str]:
+    """Names of the files that ``file``, as :func:`write_stages` made it, belongs to.
+
+    Raises:
+        JobError: it cannot be read.
+    """
+    parts, rest = _read(file)
+    models = [part["file"] for part in parts]
+    return [*models, *(str(Path(name).with_suffix(".bin")) for name in models), rest]
+
+
+def _read(file: Path) -> tuple[list[dict], str]:
+    """The parts, and the name of the file with the rest."""
+    try:
+        content = json.loads(file.read_text())
+        parts = [
+            {"module": str(part["module"]), "size": tuple(map(int, part["size"])), "precision": part["precision"]}
+            | {"file": str(part["file"])}
+            for part in content["parts"]
+        ]
+        if unknown := {part["precision"] for part in parts} - {"fp32", "bf16", "int8"}:
+            raise ValueError(f"precision got {unknown}")
+        return parts, str(content["rest"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> JobError:
+    return JobError(
+        f"Cannot read {file}: {type(error).__name__}: {' '.join(str(error).split())[:300]}. Expected that of an "
+        "exported Med-DANet V2; copy the folder again, or export the model again."
+    )
+
+
 class StagesEngine(TorchEngine):
-    """Runs a :class:`MedDANetV2` per fold, whose modules are models of OpenVINO; they are compiled when first needed.
+    """Runs a :class:`MedDANetV2` per fold, whose modules are models of OpenVINO, all compiled at once.
 
     Args:
         network: as the plans have it; its weights do not matter.
         files: of each fold, what :func:`write_stages` returned.
         patch: voxels of a slice.
+
+    Raises:
+        JobError: files that cannot be read or run, or are not of this network.
     """
 
     name = "openvino"
@@ -90,23 +129,41 @@ class StagesEngine(TorchEngine):
         self.folds = len(files)
         _fuse(network, patch)
         self._networks = [_load(deepcopy(network), file, self.threads) for file in files]
+        parts = [part for part in self._networks[0].modules() if isinstance(part, _Compiled)]
+        if low := [part.computes_in[key] for part in parts for key in part.computes_in if key[1] != "fp32"]:
+            self.computes_in = low[0]
 
     def load(self, fold: int) -> None:
         self.network = self._networks[fold]
 
 
 def _load(network: MedDANetV2, file: Path, threads: int) -> MedDANetV2:
-    content = json.loads(file.read_text())
+    """``network`` with the modules and what else ``file`` lists; all of it, and nothing that it does not have."""
+    parts, rest_name = _read(file)
     files: dict[str, dict[tuple[Size, str], Path]] = {}
-    for part in content["parts"]:
-        key = (tuple(part["size"]), part["precision"])
-        files.setdefault(part["module"], {})[key] = file.parent / part["file"]
+    for part in parts:
+        files.setdefault(part["module"], {})[part["size"], part["precision"]] = file.parent / part["file"]
+    try:
+        if files.keys() != _stages(network).keys():
+            raise ValueError(f"modules got {', '.join(sorted(files))}; expected {', '.join(sorted(_stages(network)))}")
+        expected = _rest(network).keys()
+        with np.load(file.parent / rest_name, allow_pickle=False) as rest:
+            if rest.keys() != expected:
+                raise ValueError(f"{rest_name} differs in {', '.join(sorted(rest.keys() ^ expected))}")
+            network.load_state_dict({key: torch.from_numpy(rest[key]) for key in rest}, strict=False)
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+        raise _damaged(file, error) from error
     for path, of_module in files.items():
         parent, _, child = path.rpartition(".")
         setattr(network.get_submodule(parent), child, _Compiled(of_module, threads))
-    with np.load(file.parent / content["rest"], allow_pickle=False) as rest:
-        network.load_state_dict({key: torch.from_numpy(rest[key]) for key in rest}, strict=False)
     return network.eval()
+
+
+def _rest(network: MedDANetV2) -> dict[str, torch.Tensor]:
+    """What ``network`` has learnt beside the modules that are replaced."""
+    replaced = tuple(f"{path}." for path in _stages(network))
+    # Under ``backbone`` there are only the same modules once more.
+    return {key: x for key, x in network.state_dict().items() if not key.startswith((*replaced, "backbone."))}
 
 
 class _Compiled(nn.Module):
@@ -118,14 +175,15 @@ class _Compiled(nn.Module):
 
     def __init__(self, files: dict[tuple[Size, str], Path], threads: int):
         super().__init__()
-        self.files, self.threads = files, threads
-        self._requests: dict[tuple[Size, str], openvino.InferRequest] = {}
+        self.files = files
+        # Now, so that a model which cannot run is known before the first case.
+        models = {key: compiled(file, key[1], threads) for key, file in files.items()}
+        self.computes_in = {key: computes_in(model) for key, model in models.items()}
+        self._requests = {key: model.create_infer_request() for key, model in models.items()}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        key = (tuple(x.shape[2:]), precision_of(current_width()))
-        if key not in self._requests:
-            self._requests[key] = compiled(self.files[key], key[1], self.threads).create_infer_request()
-        return torch.cat([torch.from_numpy(run(self._requests[key], row).copy()) for row in x.split(1)])
+        request = self._requests[tuple(x.shape[2:]), precision_of(current_width())]
+        return torch.cat([torch.from_numpy(run(request, row).copy()) for row in x.split(1)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Compiled:
         return self  # a compiled model has nothing to change

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nnunet_dyn.architectures.med_danet import Decision, MedDANetV2, ModifiedUNet
+from nnunet_dyn.errors import JobError
 from nnunet_dyn.inference.stages import StagesEngine, precision_of, write_stages
 from nnunet_dyn.quantization import FULL_PRECISION, current_width, quantized
 
@@ -71,6 +72,29 @@ def test_files_are_of_each_stage_and_size(exported):
         assert has_integers == (part["precision"] == "int8"), part
     rest = np.load(folder / "fold_0.npz", allow_pickle=False)
     assert "skip_threshold" in rest and not [key for key in rest if key.startswith(("backbone", "policy"))]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda parts, rest: parts.pop(), "modules got .* expected .*position"),
+        (lambda parts, rest: parts[0].pop("size"), "Cannot read .*fold_0.json: KeyError: 'size'"),
+        (lambda parts, rest: rest.pop("skip_threshold"), "fold_0.npz differs in skip_threshold"),
+        (lambda parts, rest: rest.update(other=np.zeros(1)), "fold_0.npz differs in other"),
+        (lambda parts, rest: rest.update(skip_threshold=np.zeros(7)), "size mismatch for skip_threshold"),
+    ],
+)
+def test_files_that_are_not_those_of_the_network(exported, tmp_path, spoil, expected):
+    (folder,) = {path.parent for part in exported._networks for path in part.policy.files.values()}
+    content = json.loads((folder / "fold_0.json").read_text())
+    with np.load(folder / "fold_0.npz") as rest:
+        rest = dict(rest)
+    spoil(content["parts"], rest)
+    content["parts"] = [part | {"file": str(folder / part["file"])} for part in content["parts"]]
+    (tmp_path / "fold_0.json").write_text(json.dumps(content))
+    np.savez(tmp_path / "fold_0.npz", **rest)
+    with pytest.raises(JobError, match=expected):
+        StagesEngine(build(7), [tmp_path / "fold_0.json"], PATCH, threads=1)
 
 
 @torch.inference_mode()
