@@ -33,7 +33,7 @@ from nnunet_dyn.architectures.blocks import fast_norm_op, to_fast_layout
 from nnunet_dyn.architectures.efficient_unet import RESIDUAL_SCALE
 from nnunet_dyn.architectures.efficientnet import per_stage
 from nnunet_dyn.architectures.fast_convs import fast_conv_op
-from nnunet_dyn.architectures.roi import OUTSIDE, Box, enlarge, mask_boxes, merge, volume
+from nnunet_dyn.architectures.roi import Box, enlarge, mask_boxes, merge, volume
 
 Size = tuple[int, ...]
 
@@ -43,6 +43,9 @@ _DEEPEST = 2
 _CLEARLY_SMALLER = 0.8
 #: So many targets in one tile are speckle, which one crop serves as well; merging takes the cube of their number.
 _MOST_TARGETS = 32
+
+#: Logit of the background where no crop lies.
+_BACKGROUND = 8.0
 
 _INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 
@@ -221,8 +224,8 @@ class ROISegmentor(nn.Module):
     def background_logits(self) -> torch.Tensor:
         """The logits of voxels that no crop holds, ``(num_classes,)``."""
         are_regions = self.labels.seg_layers.are_regions
-        logits = torch.full((self.num_classes,), -OUTSIDE, device=are_regions.device)
-        logits[0] = torch.where(are_regions, -OUTSIDE, OUTSIDE)
+        logits = torch.full((self.num_classes,), -_BACKGROUND, device=are_regions.device)
+        logits[0] = torch.where(are_regions, -_BACKGROUND, _BACKGROUND)
         return logits
 
     @staticmethod

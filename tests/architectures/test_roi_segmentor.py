@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nnunet_dyn.accounting import count_operations
 from nnunet_dyn.architectures.efficient_unet import EfficientUNet
-from nnunet_dyn.architectures.roi import OUTSIDE, enlarge
+from nnunet_dyn.architectures.roi import enlarge
 from nnunet_dyn.architectures.roi_segmentor import (
     ROIDecision,
     ROISegmentor,
@@ -21,6 +21,7 @@ from nnunet_dyn.architectures.roi_segmentor import (
 )
 
 PATCH = (32, 32, 32)
+BACKGROUND = 8
 ANISOTROPIC = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
 PLAN_KEYS = ("n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides", "norm_op", "norm_op_kwargs")
 
@@ -73,8 +74,8 @@ def cube(start, side, dimension=3):
 
 
 def background(shape, classes=3):
-    expected = torch.full((classes, *shape), -OUTSIDE)
-    expected[0] = OUTSIDE
+    expected = torch.full((classes, *shape), -BACKGROUND)
+    expected[0] = BACKGROUND
     return expected
 
 
@@ -243,7 +244,7 @@ def test_regions_have_no_background():
     x = tiles([], [cube(9, 6)])
     with torch.no_grad():
         logits = made(x)
-    assert (logits[0] == -OUTSIDE).all() and (logits[1, :, :8] == -OUTSIDE).all()
+    assert (logits[0] == -BACKGROUND).all() and (logits[1, :, :8] == -BACKGROUND).all()
     other = build(seed=1)
     other.load_state_dict(made.state_dict())
     with torch.no_grad():
@@ -257,7 +258,7 @@ def test_pretrained_weights_of_other_labels_load(tmp_path):
     load_pretrained_weights(made, tmp_path / "checkpoint.pth")
     key = "encoder.stages.0.0.convs.0.conv.weight"
     assert torch.equal(made.network.state_dict()[key], pretrained.network.state_dict()[key])
-    assert made.background_logits.tolist() == [OUTSIDE, -OUTSIDE, -OUTSIDE]
+    assert made.background_logits.tolist() == [BACKGROUND, -BACKGROUND, -BACKGROUND]
 
 
 def test_gradients_reach_every_parameter_of_the_network():
