@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+import nnunet_dyn.plans_templates
 import nnunet_dyn.trainers
 from nnunet_dyn import cli
 from nnunet_dyn.architectures.efficient_unet import EfficientUNet, GenericUNet
@@ -281,6 +284,15 @@ class TestOwnTemplate:
         assert derived.patch_size == [32, 64, 64] and derived.batch_size > 2
         total = [int(torch.tensor(axis).prod()) for axis in zip(*derived.pool_op_kernel_sizes, strict=True)]
         assert total == [8, 16, 16]
+
+    def test_two_that_make_the_same_configuration_are_refused(self, dataset, tmp_path, capsys):
+        folder = dataset()
+        both = [tmp_path / name for name in ("mine.json", "yours.json")]
+        for path in both:
+            shutil.copy(Path(nnunet_dyn.plans_templates.__file__).parent / "roi_cascade.json", path)
+        assert plan("-t", *both) == 2
+        assert "-t got mine and yours, which both make 3d_detect; expected" in capsys.readouterr().err
+        assert not (folder / "nnUNetDynPlans.json").exists()
 
     def test_own_name_and_trainer(self, dataset, tmp_path, capsys):
         dataset()

@@ -208,15 +208,14 @@ def read_boxes(label_map: np.ndarray) -> dict[int, list[Box]]:
 # --- detectors -----------------------------------------------------------------------------------------------------
 
 
-class _Labels(nn.Module):
-    """What the classes are. Prediction has no other source for it than the state dictionary."""
+class Labels(nn.Module):
+    """Whether the classes are regions. Prediction has no other source for it than the state dictionary."""
 
     def __init__(self):
         super().__init__()
         # nnU-Net passes over keys with ".seg_layers." when it loads pretrained weights, whose labels are others.
         self.seg_layers = nn.Module()
         self.seg_layers.register_buffer("are_regions", torch.tensor(False))
-        self.seg_layers.register_buffer("ignored", torch.tensor(-1))
 
 
 class DetectorNetwork(nn.Module, ABC):
@@ -250,7 +249,8 @@ class DetectorNetwork(nn.Module, ABC):
                 f"expected the method's own. Train with -tr {self.trainer}."
             )
         self.input_channels, self.num_classes, self.patch_size = input_channels, num_classes, tuple(patch_size)
-        self.labels = _Labels()
+        self.labels = Labels()
+        self.labels.seg_layers.register_buffer("ignored", torch.tensor(-1))
         self.register_buffer("margin", torch.zeros(len(self.patch_size), dtype=torch.long))
         self.register_buffer("score_threshold", torch.tensor(0.5))
         self.detections: list[dict[int, list[Detection]]] | None = None
@@ -290,6 +290,9 @@ class DetectorNetwork(nn.Module, ABC):
     def give_masks(self, target: torch.Tensor) -> None:
         """Called with the batch's targets ahead of each training step, for detectors that learn from seeing them."""
 
+    def load_pretrained(self) -> None:
+        """Called when a training starts from nothing, for detectors that begin with weights of others."""
+
     @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> dict | torch.Tensor:
         """``x: (B, input_channels, *patch)``; see the class."""
@@ -318,6 +321,11 @@ class DetectorNetwork(nn.Module, ABC):
     def loss(self, outputs: dict, target: torch.Tensor) -> torch.Tensor:
         """A scalar; the boxes to find are those of ``target``, which :meth:`foreground` explains."""
 
-    @abstractmethod
+    @torch.no_grad()
     def detect(self, x: torch.Tensor) -> list[dict[int, list[Detection]]]:
         """For each sample of ``x`` the boxes of each class whose score reaches the threshold, without the margin."""
+        return self.read(self.raw(x), x.shape[2:])
+
+    @abstractmethod
+    def read(self, outputs: dict, patch: Sequence[int]) -> list[dict[int, list[Detection]]]:
+        """What :meth:`detect` finds in patches of that size of which :meth:`raw` says ``outputs``."""

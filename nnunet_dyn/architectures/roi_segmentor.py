@@ -26,6 +26,7 @@ from dynamic_network_architectures.building_blocks.helper import (
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_dyn.accounting import count_operations, training_memory
@@ -33,11 +34,11 @@ from nnunet_dyn.architectures.blocks import fast_norm_op, to_fast_layout
 from nnunet_dyn.architectures.efficient_unet import RESIDUAL_SCALE
 from nnunet_dyn.architectures.efficientnet import per_stage
 from nnunet_dyn.architectures.fast_convs import fast_conv_op
-from nnunet_dyn.architectures.roi import Box, enlarge, mask_boxes, merge, volume
+from nnunet_dyn.architectures.roi import Box, Labels, component_boxes, connected_targets, enlarge, merge, volume
 
 Size = tuple[int, ...]
 
-#: The deepest map of a crop has at least this many voxels an axis: instance normalisation of one voxel is 0.
+#: The deepest map of a crop has at least this many voxels an axis: instance normalisation refuses a single voxel.
 _DEEPEST = 2
 #: Crops are run one by one if together they have less than this share of the voxels of the crop that holds them all.
 _CLEARLY_SMALLER = 0.8
@@ -130,9 +131,10 @@ class ROISegmentor(nn.Module):
     """Runs a network on the regions of interest of each tile; everything else is background.
 
     The channels behind the image are the gate: nnU-Net's one-hot encoding of the previous stage's segmentation, which a
-    detector fills with boxes. Their union counts, and only the image is segmented. Each connected region of it is an
-    ROI, grown by ``margin`` voxels and to sizes that the network takes; several ROIs are run as one crop where that
-    costs hardly more. A tile without a gate is background at once. ``decide`` chooses, ``execute`` carries out.
+    detector fills with boxes. Their union is segmented, and the image alone enters the network. Each part of a channel
+    that is connected by faces is an ROI, grown by ``margin`` voxels and to sizes that the network takes; several ROIs
+    are run as one crop where that costs hardly more, and only there. A tile without a gate is background at once.
+    ``decide`` chooses, ``execute`` carries out.
 
     Under deep supervision crops start at multiples of the strides, so that they lie on voxels at every resolution;
     without it they are as small as can be.
@@ -153,7 +155,8 @@ class ROISegmentor(nn.Module):
         decisions: set it to a list, and evaluation appends the :class:`ROIDecision` of each tile.
 
     Raises:
-        ValueError: no gate channels, an unknown mode or network, a negative margin.
+        ValueError: no gate channels, an unknown mode or network, a negative margin, ``paper`` mode around a network
+            whose strides are too large for the smallest cube, or batch normalisation.
     """
 
     #: The trainer that knows the procedure.
@@ -205,7 +208,19 @@ class ROISegmentor(nn.Module):
         self.divisor: Size = tuple(strides.prod(0).tolist())
         #: Voxels of the patch to one of each output, the largest output first.
         self.scales: list[Size] = [tuple(row) for row in strides.cumprod(0).tolist()][:-1]
-        self.labels = _Labels()
+        if mode == "paper" and not options and any(self.paper_cubes[1] % (_DEEPEST * step) for step in self.divisor):
+            raise ValueError(
+                f"paper mode got a network whose strides multiply to {self.divisor}; expected that they leave two "
+                f"voxels or more of cubes of {self.paper_cubes[1]}, so {self.paper_cubes[1] // _DEEPEST} or a divisor "
+                "of it. Take mode='own', a network of fewer stages, or StageSkippingUNet."
+            )
+        if any(isinstance(module, _BatchNorm) for module in self.network.modules()):
+            raise ValueError(
+                f"{found.__name__} got batch normalisation; expected another one, since statistics of crops, as many "
+                "as a batch has, mean little, and processes that run different numbers of crops would wait for each "
+                "other for ever. Set norm_op, or of an EfficientNet mbconv_norm='plan'."
+            )
+        self.labels = Labels()
         self.decisions: list[ROIDecision] | None = None
         self._counts: dict[Size, int] = {}
 
@@ -260,7 +275,7 @@ class ROISegmentor(nn.Module):
             gate: ``(B, gate channels, *patch)``; voxels above 1/2 in any channel are to be segmented.
             count: also count the multiply-accumulates.
         """
-        is_gate = (gate > 0.5).any(1)
+        is_gate = gate > 0.5
         has_any = is_gate.flatten(1).any(1).tolist()
         none = ROIDecision(macs=0 if count else None)
         return [
@@ -268,9 +283,14 @@ class ROISegmentor(nn.Module):
         ]
 
     def _decide(self, gate: np.ndarray, count: bool) -> ROIDecision:
-        targets = merge([enlarge(box, self.margin, gate.shape) for box in mask_boxes(gate, gap=0)])
-        targets = [_joint(targets)] if len(targets) > _MOST_TARGETS else self._merge(targets, gate.shape)
-        boxes = [self.crop(box, gate.shape) for box in targets]
+        patch = gate.shape[1:]
+        # A box of the detector may hold another label's, or meet it at an edge; it is a box of its own all the same.
+        found = [box for channel in gate for box in component_boxes(*connected_targets(channel, connectivity=1))]
+        targets = [enlarge(box, self.margin, patch) for box in found]
+        if len(targets) > _MOST_TARGETS:
+            targets = merge(targets)
+        targets = [_joint(targets)] if len(targets) > _MOST_TARGETS else self._merge(targets, patch)
+        boxes = [self.crop(box, patch) for box in targets]
         sizes = [self._run_size(box) for box in boxes]
         active = getattr(self.network, "active_stages", None)
         return ROIDecision(
@@ -281,7 +301,7 @@ class ROISegmentor(nn.Module):
         )
 
     def _merge(self, targets: list[Box], patch: Size) -> list[Box]:
-        """Targets that overlap are one, and so are those whose crops would not be clearly smaller than a joint one."""
+        """Targets whose crops together would not be clearly smaller than a joint one are one."""
 
         def voxels(box: Box) -> int:
             return volume(self.crop(box, patch))
@@ -291,7 +311,7 @@ class ROISegmentor(nn.Module):
 
         def first_pair() -> tuple[Box, Box] | None:
             pairs = combinations(targets, 2)
-            return next((pair for pair in pairs if _overlap(*pair) or belong_together(pair)), None)
+            return next((pair for pair in pairs if belong_together(pair)), None)
 
         while pair := first_pair():
             for box in pair:
@@ -363,7 +383,6 @@ class ROISegmentor(nn.Module):
     def count(self, size: Size) -> int:
         """Multiply-accumulates of one input of ``size`` voxels, without deep supervision."""
         if size not in self._counts:
-            # In training mode SyncBatchNorm refuses the meta device.
             modes = {module: module.training for module in self.network.modules()}
             supervised, self.decoder.deep_supervision = self.decoder.deep_supervision, False
             self.network.eval()
@@ -375,16 +394,6 @@ class ROISegmentor(nn.Module):
                 for module, mode in modes.items():
                     module.training = mode
         return self._counts[size]
-
-
-class _Labels(nn.Module):
-    """Whether the classes are regions, as a buffer: prediction loads weights and knows no more of the labels."""
-
-    def __init__(self):
-        super().__init__()
-        # nnU-Net passes over keys with ".seg_layers." when it loads pretrained weights, whose labels are others.
-        self.seg_layers = nn.Module()
-        self.seg_layers.register_buffer("are_regions", torch.tensor(False))
 
 
 def _resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

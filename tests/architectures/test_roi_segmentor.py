@@ -21,7 +21,7 @@ from nnunet_dyn.architectures.roi_segmentor import (
 )
 
 PATCH = (32, 32, 32)
-BACKGROUND = 8
+BACKGROUND = 8.0
 ANISOTROPIC = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
 PLAN_KEYS = ("n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides", "norm_op", "norm_op_kwargs")
 
@@ -187,6 +187,24 @@ def test_targets_far_apart_are_run_one_by_one_and_near_ones_together():
     assert len(made.decide(many[:, 1:])[0].boxes) == 1  # 36 specks
 
 
+def test_boxes_that_overlap_or_meet_at_an_edge_are_one_only_where_that_is_cheaper():
+    made = build(options={"margin": 0})
+    long, across = ((0, 32), (0, 8), (0, 8)), ((0, 8), (0, 32), (0, 8))
+    at_an_edge = [((0, 8), (0, 8), (0, 32)), ((8, 16), (8, 32), (0, 8))]
+    inside = [cube(0, 32), cube(8, 8)]
+    x = tiles([long, across], at_an_edge, at_an_edge, inside)
+    x[2, 1] += x[2, 2]
+    x[2, 2] = 0  # both in one channel
+    overlapping, edge, same_channel, nested = made.decide(x[:, 1:])
+    assert set(overlapping.boxes) == {long, across}  # 4,096 of the 8,192 voxels around both
+    assert set(edge.boxes) == set(same_channel.boxes) == set(at_an_edge)
+    assert nested.boxes == (cube(0, 32),)
+    with torch.no_grad():
+        logits = made(x)
+    for tile, gate in zip(logits, x[:, 1:].any(1), strict=True):
+        assert (tile != background(PATCH)).any(0)[gate].all()
+
+
 def test_where_crops_overlap_each_target_is_its_own_crops():
     made = build(options={"margin": 0})
     targets = (((4, 5), (12, 13), (12, 13)), ((10, 11), (18, 19), (18, 19)))
@@ -336,6 +354,10 @@ def test_what_cannot_be_built_says_why():
         build(options={"margin": -1})
     with pytest.raises(ValueError, match="smallest got 6; expected a multiple of 4"):
         build("stages", options={"smallest": 6})
+    with pytest.raises(ValueError, match=r"paper mode got .* \(16, 16, 16\); .* cubes of 16, so 8 or a divisor"):
+        build(n_stages=5, features=(4,) * 5, options={"mode": "paper"})
+    with pytest.raises(ValueError, match=r"EfficientUNet got batch normalisation; .*mbconv_norm='plan'"):
+        build("efficient", options={"mbconv_norm": "batch"})
 
 
 # --- the paper's segmentor --------------------------------------------------------------------------------------
