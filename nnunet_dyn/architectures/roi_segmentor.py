@@ -466,9 +466,8 @@ def paper_hierarchy(dimension: int = 3) -> Hierarchy:
     """Three stages for cubes of 64, 32 and 16 voxels (Section 4.1), and the bottleneck of Slim UNETR behind them.
 
     The paper has no widths. These come near the parameters of its Table 5, 9.4, 10.3 and 10.5 million for cubes of 16,
-    32 and 64 (here 9.3, 10.2 and 10.3 with one channel and two classes), and near its operations at both ends: 40, 154
-    and 276 million, here 43, 106 and 265. The medium cube stays a third below: its stage adds 0.9 million parameters
-    on maps of 4³, which is 60 million products, and the paper's 114 need maps that no halving of its cubes gives.
+    32 and 64 (here 9.3, 10.2 and 10.3 with one channel and two classes). Its 40, 154 and 276 million FLOPs are 43, 106
+    and 265 million multiply-accumulates here, which are twice as many FLOPs if multiplication and addition are two.
     ``benchmarks/roi_stages.py`` counts both.
     """
     return Hierarchy(
