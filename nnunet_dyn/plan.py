@@ -77,7 +77,15 @@ def run(args: argparse.Namespace) -> int:
     wanted = [(template, fitting) for template, fitting in wanted if fitting]
     if not wanted:
         raise UsageError(f"{args.p} has no configuration with one of nnU-Net's U-Nets; nothing to derive from.")
-    names = {name for template, fitting in wanted for name in template.configuration_names(fitting)}
+    made_by: dict[str, str] = {}
+    for template, fitting in wanted:
+        for name in template.configuration_names(fitting):
+            if made_by.setdefault(name, template.name) != template.name:
+                raise UsageError(
+                    f"-t got {made_by[name]} and {template.name}, which both make {name}; expected configurations of "
+                    "different names. Change those in one of the templates, or plan it apart with another -o."
+                )
+    names = set(made_by)
     if not args.overwrite and (existing := sorted(names & set(plans["configurations"]))):
         raise UsageError(
             f"{output.name} already has {', '.join(existing)}. Choose another name with -o, or take --overwrite."

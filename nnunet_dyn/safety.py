@@ -206,7 +206,7 @@ class BoxCalibration:
         worst: case and class of the lowest coverage, and that coverage.
         lost_components: connected components of the size that counts of which nothing is inside a box.
         is_safe: whether every class is covered as asked for and no component is lost.
-        volume: share of all voxels that are inside a box.
+        volume: share of all voxels that are inside a box; what is run are the crops around them, which are larger.
         ratio: the boxes' voxels to those of boxes drawn around the targets; ``None`` where there is no target.
         cases: how many there were.
         unseen: classes that the cases have no voxels of.

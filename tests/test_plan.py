@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +15,15 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from plans import plans_manager
 
+import nnunet_dyn.plans_templates
 import nnunet_dyn.trainers
 from nnunet_dyn import cli
 from nnunet_dyn.architectures.efficient_unet import EfficientUNet, GenericUNet
-from nnunet_dyn.planning import build_network, network_planner
+from nnunet_dyn.planning import build_network, derived_architecture, network_planner
 from nnunet_dyn.plans_templates import load_template
+from nnunet_dyn.trainers.roi_cascade import DETECTORS
 
 DATASET = "Dataset997_Plans"
 PLANNERS = {"nnUNetPlans": ExperimentPlanner, "nnUNetResEncUNetMPlans": nnUNetPlannerResEncM}
@@ -281,6 +286,26 @@ class TestOwnTemplate:
         assert derived.patch_size == [32, 64, 64] and derived.batch_size > 2
         total = [int(torch.tensor(axis).prod()) for axis in zip(*derived.pool_op_kernel_sizes, strict=True)]
         assert total == [8, 16, 16]
+
+    def test_two_that_make_the_same_configuration_are_refused(self, dataset, tmp_path, capsys):
+        folder = dataset()
+        both = [tmp_path / name for name in ("mine.json", "yours.json")]
+        for path in both:
+            shutil.copy(Path(nnunet_dyn.plans_templates.__file__).parent / "roi_cascade.json", path)
+        assert plan("-t", *both) == 2
+        assert "-t got mine and yours, which both make 3d_detect; expected" in capsys.readouterr().err
+        assert not (folder / "nnUNetDynPlans.json").exists()
+
+    def test_the_documented_tri_plane_detector(self, tmp_path):
+        text = (Path(__file__).parents[1] / "docs" / "roi_cascade.md").read_text(encoding="utf-8")
+        path = tmp_path / "tri_plane_sobel.json"
+        path.write_text(text.split("<!-- tri-plane template -->\n```json\n")[1].split("```")[0])
+        part = load_template(str(path)).parts["3d_detect"]
+        planned = plans_manager(3, [32] * 3, n_stages=3, features=(4, 6, 8)).plans["configurations"]["3d_fullres"]
+        made = derived_architecture(part, planned["architecture"], [32] * 3, 1)
+        options = {"patch_size": [32] * 3, "view": "centre", "filter": "sobel", "pretrained": True}
+        assert made["arch_kwargs"] == options
+        assert made["network_class_name"] == DETECTORS["nnUNetTrainerROICascadeTriPlane"]
 
     def test_own_name_and_trainer(self, dataset, tmp_path, capsys):
         dataset()

@@ -26,9 +26,10 @@ from nnunet_dyn.decisions import EVERYTHING_ON
 #: Per axis the first voxel and the one behind the last.
 Box = tuple[tuple[int, int], ...]
 
-#: Logits of a box's label inside it, and of the background outside. Both survive averages in half precision. The first
-#: is larger, so that a box which one of two overlapping tiles has found outlives their average.
-INSIDE, OUTSIDE = 16.0, 8.0
+#: How much a box's label is preferred inside it, and the background outside. A box outlives every average, of folds and
+#: of overlapping tiles, in which those that found it have more than 1/65 of the weight: OUTSIDE / (INSIDE + OUTSIDE).
+#: So one of five folds is enough where its tile has a tenth of the weight. Half precision holds the weighted sums.
+INSIDE, OUTSIDE = 16.0, 0.25
 
 #: So many boxes of one class are speckle, whose neighbours need not be told apart.
 SPECKLE = 512
@@ -224,7 +225,8 @@ def render_boxes(
     """Logits whose segmentation fills each box with its label; where boxes overlap, smaller ones win.
 
     The box that wins a voxel is the foreground there, so the union of the boxes is kept. With regions, each class has
-    logits of its own and all boxes stay.
+    logits of its own and all boxes stay. The other labels have the same logits inside a box as outside, so that an
+    average of boxes of different labels is one of them and not the background.
 
     Args:
         boxes: by class, which is its channel in the logits: the label, or the region's place.
@@ -239,7 +241,8 @@ def render_boxes(
     for label, box in sorted(pairs, key=lambda pair: -volume(pair[1])):
         inside = tuple(slice(start, stop) for start, stop in box)
         if not regions:
-            logits[(slice(None), *inside)] = -INSIDE
+            logits[(slice(None), *inside)] = -OUTSIDE
+            logits[(0, *inside)] = -INSIDE
         logits[(label, *inside)] = INSIDE
     return logits
 
@@ -257,15 +260,14 @@ def read_boxes(label_map: np.ndarray) -> dict[int, list[Box]]:
 # --- detectors -----------------------------------------------------------------------------------------------------
 
 
-class _Labels(nn.Module):
-    """What the classes are. Prediction has no other source for it than the state dictionary."""
+class Labels(nn.Module):
+    """Whether the classes are regions. Prediction has no other source for it than the state dictionary."""
 
     def __init__(self):
         super().__init__()
         # nnU-Net passes over keys with ".seg_layers." when it loads pretrained weights, whose labels are others.
         self.seg_layers = nn.Module()
         self.seg_layers.register_buffer("are_regions", torch.tensor(False))
-        self.seg_layers.register_buffer("ignored", torch.tensor(-1))
 
 
 class DetectorNetwork(nn.Module, ABC):
@@ -300,7 +302,8 @@ class DetectorNetwork(nn.Module, ABC):
                 f"expected the method's own. Train with -tr {self.trainer}."
             )
         self.input_channels, self.num_classes, self.patch_size = input_channels, num_classes, tuple(patch_size)
-        self.labels = _Labels()
+        self.labels = Labels()
+        self.labels.seg_layers.register_buffer("ignored", torch.tensor(-1))
         self.register_buffer("margin", torch.zeros(len(self.patch_size), dtype=torch.long))
         self.register_buffer("score_threshold", torch.tensor(0.5))
         self.detections: list[dict[int, list[Detection]]] | None = None
@@ -340,6 +343,9 @@ class DetectorNetwork(nn.Module, ABC):
 
     def give_masks(self, target: torch.Tensor) -> None:
         """Called with the batch's targets ahead of each training step, for detectors that learn from seeing them."""
+
+    def load_pretrained(self) -> None:
+        """Called when a training starts from nothing, for detectors that begin with weights of others."""
 
     @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> dict | torch.Tensor:
@@ -397,6 +403,11 @@ class DetectorNetwork(nn.Module, ABC):
     def loss(self, outputs: dict, target: torch.Tensor) -> torch.Tensor:
         """A scalar; the boxes to find are those of ``target``, which :meth:`foreground` explains."""
 
-    @abstractmethod
+    @torch.no_grad()
     def detect(self, x: torch.Tensor) -> list[dict[int, list[Detection]]]:
         """For each sample of ``x`` the boxes of each class whose score reaches the threshold, without the margin."""
+        return self.read(self.raw(x), x.shape[2:])
+
+    @abstractmethod
+    def read(self, outputs: dict, patch: Sequence[int]) -> list[dict[int, list[Detection]]]:
+        """What :meth:`detect` finds in patches of that size of which :meth:`raw` says ``outputs``."""

@@ -157,8 +157,8 @@ class LowResDetector(DetectorNetwork):
     def loss(self, outputs: dict[str, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
         """Binary cross-entropy and Dice of the masks, L1 and generalised IoU of the boxes where there is a target.
 
-        A coarse voxel is a target if any of its voxels is, so that small ones do not vanish. Where a class has no
-        target, only the masks count.
+        A coarse voxel is a target if any of its voxels is, so that small ones do not vanish; and every box counts the
+        same, as the mean over its voxels. Where a class has no target, only the masks count.
         """
         masks, known = self.foreground(target)
         # The channel of the background, where there is one, stays as it is.
@@ -171,11 +171,11 @@ class LowResDetector(DetectorNetwork):
         overlap = (probabilities * coarse).sum(axes)
         dice = (2 * overlap + 1) / (probabilities.sum(axes) + (coarse & known).sum(axes) + 1)
         total = total + (1 - dice).mean()
-        found, wanted = self._sides_of_targets(masks, coarse & known, sides)
+        found, wanted, share = self._sides_of_targets(masks, coarse & known, sides)
         extent = torch.tensor(target.shape[2:], device=sides.device)
-        per_box = _L1 * ((found - wanted).abs() / extent).mean((1, 2)) + _GIOU * (1 - generalised_iou(found, wanted))
+        per_voxel = _L1 * ((found - wanted).abs() / extent).mean((1, 2)) + _GIOU * (1 - generalised_iou(found, wanted))
         # Without a target nothing is to be found, but every parameter stays in the graph.
-        return total + per_box.sum() / max(1, len(per_box)) + 0 * sides.sum()
+        return total + (per_voxel * share).sum() / share.sum().clamp(min=1) + 0 * sides.sum()
 
     def _coarse(self, masks: torch.Tensor) -> torch.Tensor:
         pool = F.max_pool2d if masks.ndim == 4 else F.max_pool3d
@@ -183,12 +183,12 @@ class LowResDetector(DetectorNetwork):
 
     def _sides_of_targets(
         self, masks: torch.Tensor, counts: torch.Tensor, sides: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The distances to the sides that were found and those to be found, ``(N, 2, axes)`` each, for the ``N`` coarse
-        voxels of targets, ``counts: (B, classes, *coarse)``."""
+        voxels of targets, ``counts: (B, classes, *coarse)``, and each voxel's share of its box, ``(N,)``."""
         axes = masks.ndim - 2
         steps = torch.tensor(self.stride, device=sides.device)
-        found, wanted = [sides.new_zeros(0, 2, axes)], [sides.new_zeros(0, 2, axes)]
+        found, wanted, share = [sides.new_zeros(0, 2, axes)], [sides.new_zeros(0, 2, axes)], [sides.new_zeros(0)]
         for index, sample in enumerate(masks.cpu().numpy()):
             for channel, mask in enumerate(sample):
                 for box in mask_boxes(mask, gap=max(self.stride)):
@@ -199,24 +199,24 @@ class LowResDetector(DetectorNetwork):
                     voxels = counts[(index, channel, *at)].nonzero()
                     of_box = sides[(index, channel, slice(None), slice(None), *at)]
                     found.append(of_box[(slice(None), slice(None), *voxels.unbind(1))].permute(2, 0, 1))
+                    share.append(sides.new_full((len(voxels),), 1 / max(1, len(voxels))))
                     corner = torch.tensor([axis.start for axis in at], device=sides.device)
                     middles = (voxels + corner + 0.5) * steps
                     start, stop = torch.tensor(box, device=sides.device).unbind(1)
                     wanted.append(torch.stack([middles - start, stop - middles], 1))
-        return torch.cat(found), torch.cat(wanted)
+        return torch.cat(found), torch.cat(wanted), torch.cat(share)
 
     # --- evaluation ---
 
     @torch.no_grad()
-    def detect(self, x: torch.Tensor) -> list[dict[int, list[Detection]]]:
+    def read(self, outputs: dict[str, torch.Tensor], patch: Sequence[int]) -> list[dict[int, list[Detection]]]:
         """The boxes of each sample by class. Their score is the highest probability in the component; its voxels are
         those whose probability reaches the threshold."""
-        outputs = self.raw(x)
         threshold = float(self.score_threshold)
         probabilities = torch.sigmoid(outputs["mask"].float()).cpu().numpy()  # numpy has no bf16
         sides = outputs["sides"].float().cpu().numpy()
         return [
-            {label: self._found(sample[label], distances[label], threshold, x.shape[2:]) for label in self.classes}
+            {label: self._found(sample[label], distances[label], threshold, patch) for label in self.classes}
             for sample, distances in zip(probabilities, sides, strict=True)
         ]
 

@@ -26,6 +26,7 @@ from dynamic_network_architectures.building_blocks.helper import (
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_dyn.accounting import count_operations, training_memory
@@ -33,17 +34,29 @@ from nnunet_dyn.architectures.blocks import fast_norm_op, to_fast_layout
 from nnunet_dyn.architectures.efficient_unet import RESIDUAL_SCALE
 from nnunet_dyn.architectures.efficientnet import per_stage
 from nnunet_dyn.architectures.fast_convs import fast_conv_op
-from nnunet_dyn.architectures.roi import OUTSIDE, Box, enlarge, mask_boxes, merge, mirrored_box, volume
+from nnunet_dyn.architectures.roi import (
+    Box,
+    Labels,
+    component_boxes,
+    connected_targets,
+    enlarge,
+    merge,
+    mirrored_box,
+    volume,
+)
 from nnunet_dyn.decisions import EVERYTHING_ON, EVERYTHING_SKIPPED, SKIP
 
 Size = tuple[int, ...]
 
-#: The deepest map of a crop has at least this many voxels an axis: instance normalisation of one voxel is 0.
+#: The deepest map of a crop has at least this many voxels an axis: instance normalisation refuses a single voxel.
 _DEEPEST = 2
 #: Crops are run one by one if together they have less than this share of the voxels of the crop that holds them all.
 _CLEARLY_SMALLER = 0.8
 #: So many targets in one tile are speckle, which one crop serves as well; merging takes the cube of their number.
 _MOST_TARGETS = 32
+
+#: Logit of the background where no crop lies.
+_BACKGROUND = 8.0
 
 _INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 
@@ -155,9 +168,10 @@ class ROISegmentor(nn.Module):
     """Runs a network on the regions of interest of each tile; everything else is background.
 
     The channels behind the image are the gate: nnU-Net's one-hot encoding of the previous stage's segmentation, which a
-    detector fills with boxes. Their union counts, and only the image is segmented. Each connected region of it is an
-    ROI, grown by ``margin`` voxels and to sizes that the network takes; several ROIs are run as one crop where that
-    costs hardly more. A tile without a gate is background at once. ``decide`` chooses, ``execute`` carries out.
+    detector fills with boxes. Their union is segmented, and the image alone enters the network. Each part of a channel
+    that is connected by faces is an ROI, grown by ``margin`` voxels and to sizes that the network takes; several ROIs
+    are run as one crop where that costs hardly more, and only there. A tile without a gate is background at once.
+    ``decide`` chooses, ``execute`` carries out.
 
     Under deep supervision crops start at multiples of the strides, so that they lie on voxels at every resolution;
     without it they are as small as can be.
@@ -178,7 +192,8 @@ class ROISegmentor(nn.Module):
         decisions: set it to a list, and evaluation appends the :class:`ROIDecision` of each tile, its cost counted.
 
     Raises:
-        ValueError: no gate channels, an unknown mode or network, a negative margin.
+        ValueError: no gate channels, an unknown mode or network, a negative margin, ``paper`` mode around a network
+            whose strides are too large for the smallest cube, or batch normalisation.
     """
 
     #: The trainer that knows the procedure.
@@ -230,7 +245,19 @@ class ROISegmentor(nn.Module):
         self.divisor: Size = tuple(strides.prod(0).tolist())
         #: Voxels of the patch to one of each output, the largest output first.
         self.scales: list[Size] = [tuple(row) for row in strides.cumprod(0).tolist()][:-1]
-        self.labels = _Labels()
+        if mode == "paper" and not options and any(self.paper_cubes[1] % (_DEEPEST * step) for step in self.divisor):
+            raise ValueError(
+                f"paper mode got a network whose strides multiply to {self.divisor}; expected that they leave two "
+                f"voxels or more of cubes of {self.paper_cubes[1]}, so {self.paper_cubes[1] // _DEEPEST} or a divisor "
+                "of it. Take mode='own', a network of fewer stages, or StageSkippingUNet."
+            )
+        if any(isinstance(module, _BatchNorm) for module in self.network.modules()):
+            raise ValueError(
+                f"{found.__name__} got batch normalisation; expected another one, since statistics of crops, as many "
+                "as a batch has, mean little, and processes that run different numbers of crops would wait for each "
+                "other for ever. Set norm_op, or of an EfficientNet mbconv_norm='plan'."
+            )
+        self.labels = Labels()
         self.decisions: list[ROIDecision] | None = None
         self._counts: dict[Size, int] = {}
 
@@ -249,8 +276,8 @@ class ROISegmentor(nn.Module):
     def background_logits(self) -> torch.Tensor:
         """The logits of voxels that no crop holds, ``(num_classes,)``."""
         are_regions = self.labels.seg_layers.are_regions
-        logits = torch.full((self.num_classes,), -OUTSIDE, device=are_regions.device)
-        logits[0] = torch.where(are_regions, -OUTSIDE, OUTSIDE)
+        logits = torch.full((self.num_classes,), -_BACKGROUND, device=are_regions.device)
+        logits[0] = torch.where(are_regions, -_BACKGROUND, _BACKGROUND)
         return logits
 
     @staticmethod
@@ -283,7 +310,7 @@ class ROISegmentor(nn.Module):
         Args:
             x: ``(B, input_channels, *patch)``; voxels above 1/2 in any channel of the gate are to be segmented.
         """
-        is_gate = (x[:, self.image_channels :] > 0.5).any(1)
+        is_gate = x[:, self.image_channels :] > 0.5
         has_any = is_gate.flatten(1).any(1).tolist()
         return [
             self._decide(tile.cpu().numpy()) if has else ROIDecision()
@@ -291,9 +318,14 @@ class ROISegmentor(nn.Module):
         ]
 
     def _decide(self, gate: np.ndarray) -> ROIDecision:
-        targets = merge([enlarge(box, self.margin, gate.shape) for box in mask_boxes(gate, gap=0)])
-        targets = [_joint(targets)] if len(targets) > _MOST_TARGETS else self._merge(targets, gate.shape)
-        return self._decision([self.crop(box, gate.shape) for box in targets], targets)
+        patch = gate.shape[1:]
+        # A box of the detector may hold another label's, or meet it at an edge; it is a box of its own all the same.
+        found = [box for channel in gate for box in component_boxes(*connected_targets(channel, connectivity=1))]
+        targets = [enlarge(box, self.margin, patch) for box in found]
+        if len(targets) > _MOST_TARGETS:
+            targets = merge(targets)
+        targets = [_joint(targets)] if len(targets) > _MOST_TARGETS else self._merge(targets, patch)
+        return self._decision([self.crop(box, patch) for box in targets], targets)
 
     def _decision(self, boxes: Sequence[Box], targets: Sequence[Box]) -> ROIDecision:
         active = getattr(self.network, "active_stages", None)
@@ -304,7 +336,7 @@ class ROISegmentor(nn.Module):
         return replace(decision, cost=float(sum(self.count(self._run_size(box)) for box in decision.boxes)))
 
     def _merge(self, targets: list[Box], patch: Size) -> list[Box]:
-        """Targets that overlap are one, and so are those whose crops would not be clearly smaller than a joint one."""
+        """Targets whose crops together would not be clearly smaller than a joint one are one."""
 
         def voxels(box: Box) -> int:
             return volume(self.crop(box, patch))
@@ -314,7 +346,7 @@ class ROISegmentor(nn.Module):
 
         def first_pair() -> tuple[Box, Box] | None:
             pairs = combinations(targets, 2)
-            return next((pair for pair in pairs if _overlap(*pair) or belong_together(pair)), None)
+            return next((pair for pair in pairs if belong_together(pair)), None)
 
         while pair := first_pair():
             for box in pair:
@@ -401,7 +433,6 @@ class ROISegmentor(nn.Module):
     def count(self, size: Size) -> int:
         """Multiply-accumulates of one input of ``size`` voxels, without deep supervision."""
         if size not in self._counts:
-            # In training mode SyncBatchNorm refuses the meta device.
             modes = {module: module.training for module in self.network.modules()}
             supervised, self.decoder.deep_supervision = self.decoder.deep_supervision, False
             self.network.eval()
@@ -413,16 +444,6 @@ class ROISegmentor(nn.Module):
                 for module, mode in modes.items():
                     module.training = mode
         return self._counts[size]
-
-
-class _Labels(nn.Module):
-    """Whether the classes are regions, as a buffer: prediction loads weights and knows no more of the labels."""
-
-    def __init__(self):
-        super().__init__()
-        # nnU-Net passes over keys with ".seg_layers." when it loads pretrained weights, whose labels are others.
-        self.seg_layers = nn.Module()
-        self.seg_layers.register_buffer("are_regions", torch.tensor(False))
 
 
 def _resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -495,9 +516,8 @@ def paper_hierarchy(dimension: int = 3) -> Hierarchy:
     """Three stages for cubes of 64, 32 and 16 voxels (Section 4.1), and the bottleneck of Slim UNETR behind them.
 
     The paper has no widths. These come near the parameters of its Table 5, 9.4, 10.3 and 10.5 million for cubes of 16,
-    32 and 64 (here 9.3, 10.2 and 10.3 with one channel and two classes), and near its operations at both ends: 40, 154
-    and 276 million, here 43, 106 and 265. The medium cube stays a third below: its stage adds 0.9 million parameters
-    on maps of 4³, which is 60 million products, and the paper's 114 need maps that no halving of its cubes gives.
+    32 and 64 (here 9.3, 10.2 and 10.3 with one channel and two classes). Its 40, 154 and 276 million FLOPs are 43, 106
+    and 265 million multiply-accumulates here, which are twice as many FLOPs if multiplication and addition are two.
     ``benchmarks/roi_stages.py`` counts both.
     """
     return Hierarchy(

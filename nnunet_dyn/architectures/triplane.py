@@ -15,12 +15,13 @@ import torch
 from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import get_model
+from torchvision.models import get_model, get_model_weights
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d, generalized_box_iou_loss
 
 from nnunet_dyn.accounting import training_memory
 from nnunet_dyn.architectures.roi import Detection, DetectorNetwork
+from nnunet_dyn.errors import JobError
 
 View = Literal["centre", "mean", "std", "subregions"]
 
@@ -150,8 +151,8 @@ class SliceDetector(nn.Module):
     Args:
         input_channels: of the slice; a pointwise convolution makes them the three that a backbone takes.
         backbone: name of one of torchvision's ResNets.
-        pretrained: load torchvision's weights, whose batch statistics then stay. Otherwise groups of channels are
-            normalised, since batches of volumes are small.
+        pretrained: made for torchvision's weights, whose batch statistics stay; :meth:`load_pretrained` fetches them.
+            Otherwise groups of channels are normalised, since batches of volumes are small.
         pyramid: width of F_0.
         width, hidden, heads: of the attention and its linear layers.
         stages: M.
@@ -172,7 +173,7 @@ class SliceDetector(nn.Module):
         super().__init__()
         self.colours = nn.Conv2d(input_channels, 3, 1)
         norm = FrozenBatchNorm2d if pretrained else partial(nn.GroupNorm, 16)
-        resnet = get_model(backbone, weights="DEFAULT" if pretrained else None, norm_layer=norm)
+        resnet = get_model(backbone, weights=None, norm_layer=norm)
         widths = [resnet.inplanes // 2**level for level in (3, 2, 1, 0)]
         self.backbone = IntermediateLayerGetter(resnet, {f"layer{level}": f"{level}" for level in (1, 2, 3, 4)})
         self.lateral = nn.ModuleList(nn.Conv2d(channels, pyramid, 1) for channels in widths)
@@ -193,6 +194,21 @@ class SliceDetector(nn.Module):
             nn.GELU(),
             nn.Linear(width, 5),
         )
+
+    def load_pretrained(self, name: str) -> None:
+        """Fetch torchvision's weights of the backbone called ``name``.
+
+        Raises:
+            JobError: they cannot be had.
+        """
+        try:
+            state = get_model_weights(name).DEFAULT.get_state_dict(progress=False)
+        except (OSError, RuntimeError) as error:
+            raise JobError(
+                f"Got no weights of torchvision's {name} ({error}); expected them in the cache or over the network. "
+                "Download them on a connected machine and point TORCH_HOME to that cache, or plan without pretrained."
+            ) from error
+        self.backbone.load_state_dict({key: value for key, value in state.items() if not key.startswith("fc.")})
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Find boxes.
@@ -289,6 +305,7 @@ class TriPlaneDetector(DetectorNetwork):
         expect(size % 2 ** (stages + 2) == 0, "size", size, f"a multiple of {2 ** (stages + 2)}, for {stages} stages")
         expect(width % heads == 0 and width % 4 == 0, "width", width, f"a multiple of 4 and of the {heads} heads")
         self.view, self.filter, self.size = view, filter, size
+        self._pretrained = backbone if pretrained else None
         channels = input_channels * (_SUBREGIONS if view == "subregions" else 1)
         self.planes = nn.ModuleList(
             SliceDetector(channels, num_classes, backbone, pretrained, pyramid, width, hidden, heads, stages)
@@ -322,6 +339,12 @@ class TriPlaneDetector(DetectorNetwork):
             .to(view)
             for view in views
         ]
+
+    def load_pretrained(self) -> None:
+        """With ``pretrained``, fetch the weights of the three backbones. See :meth:`SliceDetector.load_pretrained`."""
+        if self._pretrained is not None:
+            for plane in self.planes:
+                plane.load_pretrained(self._pretrained)
 
     def give_masks(self, target: torch.Tensor) -> None:
         """Let the next training pass see ``target``, as :meth:`loss` takes it; half of the samples see zeros anyway.
@@ -386,9 +409,8 @@ class TriPlaneDetector(DetectorNetwork):
     # --- evaluation ---
 
     @torch.no_grad()
-    def detect(self, x: torch.Tensor) -> list[dict[int, list[Detection]]]:
+    def read(self, outputs: dict[str, torch.Tensor], patch: Sequence[int]) -> list[dict[int, list[Detection]]]:
         """The box of each class of each sample whose score reaches the threshold."""
-        outputs = self.raw(x)
         scores = torch.sigmoid(outputs["present"].mean(1)).tolist()
         boxes = outputs["boxes"]
         seen = []  # of each axis, by the two modules that look along the others
@@ -399,9 +421,7 @@ class TriPlaneDetector(DetectorNetwork):
         threshold, averaged = float(self.score_threshold), torch.stack(seen, 2).tolist()
         return [
             {
-                label: [Detection(_voxels(sides[label], x.shape[2:]), score[label])]
-                if score[label] >= threshold
-                else []
+                label: [Detection(_voxels(sides[label], patch), score[label])] if score[label] >= threshold else []
                 for label in self.classes
             }
             for score, sides in zip(scores, averaged, strict=True)

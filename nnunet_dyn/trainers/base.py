@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
+from abc import abstractmethod
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from pydoc import locate
-from typing import ClassVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import distributed as dist
 from torch import nn
 
 from nnunet_dyn.architectures.dynamic_convs import set_annealing
 from nnunet_dyn.planning import build_network, check_patch_size, derived_architecture
 from nnunet_dyn.plans_templates import Template, load_template
 from nnunet_dyn.trainers.catalogue import template_name
+
+_T = TypeVar("_T")
 
 
 def build_from_plans(
@@ -91,3 +99,66 @@ class DynTrainer(nnUNetTrainer):
         """
         set_annealing(self.network, min(2500, self.num_epochs * self.num_iterations_per_epoch // 10))
         super().on_train_epoch_start()
+
+
+class _Calibration(Protocol):
+    def to_json(self) -> dict: ...
+
+
+class CalibratedTrainer(DynTrainer):
+    """One that sets buffers of its network on the validation cases behind the last epoch."""
+
+    @abstractmethod
+    def take_safe_settings(self) -> str:
+        """Give the network the settings of a checkpoint that is not calibrated, and say what they do."""
+
+    @abstractmethod
+    def calibrate(self) -> _Calibration | None:
+        """Set the network's buffers, the same in every process; ``None`` where there is nothing to set."""
+
+    def on_train_end(self) -> None:
+        """Saves what a training of days has learned, then calibrates and saves again, whatever fails there."""
+        self.take_safe_settings()
+        super().on_train_end()
+        try:
+            if (calibration := self.calibrate()) is None:
+                return
+            self.print_to_log_file(calibration)
+            if self.fold == "all":
+                self.print_to_log_file("Fold all has no cases of its own for this: expect less on new ones.")
+            self.on_first(partial(self._keep, calibration))
+        except Exception as error:
+            self.print_to_log_file(f"Calibration failed, {self.take_safe_settings()}: {error!r}")
+
+    def _keep(self, calibration: _Calibration) -> None:
+        text = json.dumps(calibration.to_json(), indent=1, allow_nan=False)
+        Path(self.output_folder, "calibration.json").write_text(text, encoding="utf-8")
+        final = Path(self.output_folder, "checkpoint_final.pth")
+        self.current_epoch -= 1  # as nnU-Net does for this checkpoint
+        try:
+            self.save_checkpoint(f"{final}.tmp")
+        finally:
+            self.current_epoch += 1
+        if not self.disable_checkpointing:
+            os.replace(f"{final}.tmp", final)
+
+    def on_first(self, work: Callable[[], _T]) -> _T:
+        """What ``work`` returns in the first process of DistributedDataParallel, for all, which wait for it.
+
+        A wait of ten minutes ends the training: give it one case at a time.
+
+        Raises:
+            RuntimeError: it failed; in every process, so that none waits for another. Without others its own error.
+        """
+        if not self.is_ddp:
+            return work()
+        found: list = [None, None]
+        if self.local_rank == 0:
+            try:
+                found[0] = work()
+            except Exception as error:
+                found[1] = repr(error)
+        dist.broadcast_object_list(found)
+        if found[1] is not None:
+            raise RuntimeError(f"The first process got {found[1]}. See its log.")
+        return found[0]

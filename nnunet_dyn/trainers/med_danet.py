@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +26,7 @@ from nnunet_dyn.architectures.med_danet import PARTS, SCHEDULES, Decision, MedDA
 from nnunet_dyn.planning import build_network, derived_architecture
 from nnunet_dyn.plans_templates import load_template
 from nnunet_dyn.safety import NEVER, Calibration, Evidence
-from nnunet_dyn.trainers.base import DynTrainer
+from nnunet_dyn.trainers.base import CalibratedTrainer
 
 #: What each trainer changes in the options of the plans: the rows of Table 3a.
 ABLATIONS = {
@@ -104,7 +103,7 @@ class PartPolyLR(PolyLRScheduler):
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
-class MedDANetTrainer(DynTrainer):
+class MedDANetTrainer(CalibratedTrainer):
     """Trains Med-DANet V2 in phases, then sets when it may skip and crop on the validation cases.
 
     Attributes:
@@ -339,24 +338,10 @@ class MedDANetTrainer(DynTrainer):
 
     # --- calibration ---
 
-    def on_train_end(self) -> None:
-        try:
-            self._calibrate_and_report()
-        except Exception as error:  # a training of days must be saved whatever fails here
-            self.module.skip_threshold.fill_(NEVER)
-            self.module.crop_threshold.fill_(NEVER)
-            self.print_to_log_file(f"Calibration failed, the network will not skip or crop: {error!r}")
-        super().on_train_end()
-
-    def _calibrate_and_report(self) -> None:
-        calibration = self.calibrate()
-        if calibration is not None:
-            self.print_to_log_file(calibration)
-            if self.fold == "all":
-                self.print_to_log_file("Fold all has no cases of its own for this: expect less on new ones.")
-            if self.local_rank == 0:
-                text = json.dumps(calibration.to_json(), indent=1, allow_nan=False)
-                Path(self.output_folder, "calibration.json").write_text(text, encoding="utf-8")
+    def take_safe_settings(self) -> str:
+        self.module.skip_threshold.fill_(NEVER)
+        self.module.crop_threshold.fill_(NEVER)
+        return "the network will not skip or crop"
 
     @torch.no_grad()
     def calibrate(self) -> Calibration | None:
@@ -366,42 +351,29 @@ class MedDANetTrainer(DynTrainer):
             What was found, or ``None`` for a network that neither skips nor crops.
 
         Raises:
-            RuntimeError: it failed; under DDP in every process, so that none waits for another.
+            RuntimeError: it failed in another process.
         """
         network = self.module
         if network.policy is None and network.position is None:
             return None
         network.eval()
-        network.skip_threshold.fill_(NEVER)
-        network.crop_threshold.fill_(NEVER)
-        found: list[Calibration | str | None] = [None]
-        if self.local_rank == 0:
-            try:
-                found[0] = self._find_thresholds()
-            except Exception as error:
-                if not self.is_ddp:
-                    raise
-                found[0] = repr(error)
-        if self.is_ddp:
-            dist.broadcast_object_list(found)
-        if isinstance(found[0], str):
-            raise RuntimeError(f"The first process got {found[0]}; expected thresholds. See its log.")
-        network.skip_threshold.fill_(found[0].skip_threshold)
-        network.crop_threshold.fill_(found[0].crop_threshold)
-        return found[0]
-
-    def _find_thresholds(self) -> Calibration:
+        self.take_safe_settings()
         _, keys = self.do_split()
         dataset = self.dataset_class(self.preprocessed_dataset_folder, keys)
         evidence = Evidence()
         with self._autocast():
             for key in dataset.identifiers:
-                self._observe(evidence, key, *dataset.load_case(key)[:2])
+                self.on_first(lambda key=key: self._observe(evidence, key, *dataset.load_case(key)[:2]))
         manager = self.label_manager
         labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-        always_crops = "whole" not in self.module.options.policy_space
+        always_crops = "whole" not in network.options.policy_space
         names = [str(label) for label in labels]
-        return evidence.calibrate(len(keys), names, self.min_coverage, self.min_component, always_crops)
+        found = self.on_first(
+            partial(evidence.calibrate, len(keys), names, self.min_coverage, self.min_component, always_crops)
+        )
+        network.skip_threshold.fill_(found.skip_threshold)
+        network.crop_threshold.fill_(found.crop_threshold)
+        return found
 
     def _observe(self, evidence: Evidence, case: str, data, segmentation) -> None:
         """Add every tile of a case, ``data: (C, Z, H, W)`` and ``segmentation: (1, Z, H, W)``."""

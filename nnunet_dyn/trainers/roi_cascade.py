@@ -30,7 +30,6 @@ from nnunetv2.training.dataloading.nnunet_dataset import (
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,7 +47,7 @@ from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
 from nnunet_dyn.errors import JobError
 from nnunet_dyn.planning import build_network
 from nnunet_dyn.safety import BoxCalibration, BoxEvidence
-from nnunet_dyn.trainers.base import DynTrainer
+from nnunet_dyn.trainers.base import CalibratedTrainer, DynTrainer
 
 #: The paper's detector, for the plans that name the default one.
 TRI_PLANE = "nnunet_dyn.architectures.triplane.TriPlaneDetector"
@@ -155,7 +154,7 @@ class GateDatasetNumpy(_GateDataset, nnUNetDatasetNumpy):
     host = nnUNetDatasetNumpy
 
 
-class ROICascadeTrainer(DynTrainer):
+class ROICascadeTrainer(CalibratedTrainer):
     """Trains the detector (``3d_detect``), then the segmentor of its boxes (``3d_roi``); the plans say which.
 
     The segmentor learns on boxes of the labels, moved and resized at random, so that it need not wait for the detector.
@@ -187,6 +186,9 @@ class ROICascadeTrainer(DynTrainer):
             self.enable_deep_supervision = False
             self.oversample_foreground_percent = 0.0  # it would move the volume, which fills the patch, out of it
             self.initial_lr = self.detector_lr
+        else:
+            self.oversample_foreground_percent = 1.0  # a tile without a gate is background, which teaches nothing
+        self._starts_anew = True
         self._is_switched = multiprocessing.Value("b", 0)
 
     # --- set-up ---
@@ -200,8 +202,10 @@ class ROICascadeTrainer(DynTrainer):
         manager = self.label_manager
         if self.is_detector:
             self.module.set_labels(manager.has_regions, manager.ignore_label)
-            self._take_safe_boxes()
+            self.take_safe_settings()
             self.loss = self._detector_loss
+            if self._starts_anew:
+                self.module.load_pretrained()
         else:
             self.module.set_regions(manager.has_regions)
             is_blosc2 = issubclass(infer_dataset_class(self.preprocessed_dataset_folder), nnUNetDatasetBlosc2)
@@ -209,6 +213,10 @@ class ROICascadeTrainer(DynTrainer):
         if self.is_ddp:
             options = DISTRIBUTED | {"find_unused_parameters": not self.is_detector}
             self.network = DistributedDataParallel(self.module, device_ids=[self.local_rank], **options)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        self._starts_anew = False
+        super().load_checkpoint(filename_or_checkpoint)
 
     def _do_i_compile(self) -> bool:
         return False  # what runs depends on the data
@@ -261,7 +269,7 @@ class ROICascadeTrainer(DynTrainer):
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         super().on_validation_epoch_end(val_outputs)
         if self.is_detector:
-            self._take_safe_boxes()
+            self.take_safe_settings()
 
     def validation_step(self, batch: dict) -> dict:
         """For a detector the pseudo Dice is that of its boxes."""
@@ -277,76 +285,55 @@ class ROICascadeTrainer(DynTrainer):
 
     def on_train_end(self) -> None:
         if self.is_detector:
-            try:
-                self._calibrate_and_report()
-            except Exception as error:  # a training of days must be saved whatever fails here
-                self._take_safe_boxes()
-                self.print_to_log_file(
-                    f"Calibration failed, the boxes are taken from a score of {SCORES[-1]} on with a margin of "
-                    f"{_SAFE_MARGIN} voxels: {error!r}"
-                )
-        super().on_train_end()
+            super().on_train_end()
+        else:
+            DynTrainer.on_train_end(self)
 
     def _set_boxes(self, score_threshold: float, margin: Sequence[int]) -> None:
         network = self.module
         network.score_threshold.fill_(score_threshold)
         network.margin.copy_(torch.tensor(margin))
 
-    def _take_safe_boxes(self) -> None:
+    def take_safe_settings(self) -> str:
         """A checkpoint that is not calibrated takes too much rather than too little."""
         self._set_boxes(SCORES[-1], [_SAFE_MARGIN] * len(self.module.margin))
-
-    def _calibrate_and_report(self) -> None:
-        calibration = self.calibrate()
-        self.print_to_log_file(calibration)
-        if self.fold == "all":
-            self.print_to_log_file("Fold all has no cases of its own for this: expect less on new ones.")
-        if self.local_rank == 0:
-            text = json.dumps(calibration.to_json(), indent=1, allow_nan=False)
-            Path(self.output_folder, "calibration.json").write_text(text, encoding="utf-8")
+        return f"the boxes are taken from a score of {SCORES[-1]} on with a margin of {_SAFE_MARGIN} voxels"
 
     @torch.no_grad()
     def calibrate(self) -> BoxCalibration:
         """Set the detector's score and margin on the validation cases, as ``nnUNetv2_predict`` would tile them.
 
         Raises:
-            RuntimeError: it failed; under DDP in every process, so that none waits for another.
+            RuntimeError: it failed in another process.
         """
         self.module.eval()
-        found: list[BoxCalibration | str | None] = [None]
-        if self.local_rank == 0:
-            try:
-                found[0] = self._find_margin()
-            except Exception as error:
-                if not self.is_ddp:
-                    raise
-                found[0] = repr(error)
-        if self.is_ddp:
-            dist.broadcast_object_list(found)
-        if isinstance(found[0], str):
-            raise RuntimeError(f"The first process got {found[0]}; expected a margin. See its log.")
-        self._set_boxes(found[0].score_threshold, found[0].margin)
-        return found[0]
-
-    def _find_margin(self) -> BoxCalibration:
         _, keys = self.do_split()
-        dataset, evidence = self.dataset_class(self.preprocessed_dataset_folder, keys), BoxEvidence()
+        evidence, fine = BoxEvidence(), self._next_stage(keys)
+        for key in keys:
+            self.on_first(partial(self._observe, evidence, key, fine))
+        names = [str(entry) for entry in self._classes]
+        found = self.on_first(partial(evidence.calibrate, names, self.min_coverage, self.min_component))
+        self._set_boxes(found.score_threshold, found.margin)
+        return found
+
+    @property
+    def _classes(self) -> Sequence[int | tuple[int, ...]]:
         manager = self.label_manager
-        classes = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-        fine = self._next_stage(keys)
+        return manager.foreground_regions if manager.has_regions else manager.foreground_labels
+
+    def _observe(self, evidence: BoxEvidence, key: str, fine: nnUNetBaseDataset | None) -> None:
+        """Add a case, whose targets are those of ``fine``, or its own."""
+        data, segmentation, _, _ = self.dataset_class(self.preprocessed_dataset_folder, [key]).load_case(key)
+        shape = data.shape[1:]
+        labels = np.asarray((segmentation if fine is None else fine.load_case(key)[1])[0])
         with self._autocast():
-            for key in dataset.identifiers:
-                data, segmentation, _, _ = dataset.load_case(key)
-                shape = data.shape[1:]
-                labels = np.asarray((segmentation if fine is None else fine.load_case(key)[1])[0])
-                boxes = self._boxes(torch.from_numpy(np.asarray(data[:])))
-                targets, tight = [], []
-                for entry in classes:
-                    components, corner = connected_targets(np.isin(labels, entry))
-                    targets.append((str(entry), components, corner))
-                    tight += [_scaled(box, labels.shape, shape) for box in component_boxes(components, corner)]
-                evidence.add_case(key, shape, labels.shape, targets, boxes, tight)
-        return evidence.calibrate([str(entry) for entry in classes], self.min_coverage, self.min_component)
+            boxes = self._boxes(torch.from_numpy(np.asarray(data[:])))
+        targets, tight = [], []
+        for entry in self._classes:
+            components, corner = connected_targets(np.isin(labels, entry))
+            targets.append((str(entry), components, corner))
+            tight += [_scaled(box, labels.shape, shape) for box in component_boxes(components, corner)]
+        evidence.add_case(key, shape, labels.shape, targets, boxes, tight)
 
     def _next_stage(self, keys: Sequence[str]) -> nnUNetBaseDataset | None:
         """The cases on the grid that will be segmented, or ``None`` where they are not all there."""
@@ -371,10 +358,10 @@ class ROICascadeTrainer(DynTrainer):
         boxes: dict[float, list[Box]] = {score: [] for score in SCORES}
         for corner in product(*compute_steps_for_sliding_window(padded.shape[1:], patch, 0.5)):
             window = tuple(slice(start, start + size) for start, size in zip(corner, patch, strict=True))
-            tile = padded[(slice(None), *window)][None].to(self.device)
+            outputs = network.raw(padded[(slice(None), *window)][None].to(self.device))
             for score in SCORES:
                 network.score_threshold.fill_(score)
-                for found in network.detect(tile)[0].values():
+                for found in network.read(outputs, patch)[0].values():
                     for one in found:
                         box = tuple(
                             (max(0, start + at - pad), min(size, stop + at - pad))
@@ -394,6 +381,7 @@ class ROICascadeTrainer(DynTrainer):
             keys = sorted({*training.identifiers, *validation.identifiers})
             training.boxes = validation.boxes = self._label_boxes(keys)
             training.is_switched = self._is_switched
+            self._training = training
         return training, validation
 
     def _label_boxes(self, keys: Sequence[str]) -> dict[str, dict[int, list[Box]]]:
@@ -424,9 +412,7 @@ class ROICascadeTrainer(DynTrainer):
         if self.is_detector or self.current_epoch < int((1 - self.fine_tuning) * self.num_epochs):
             return
         if not self._is_switched.value:
-            dataset = self.dataset_class(
-                self.preprocessed_dataset_folder, self.do_split()[0], self.folder_with_segs_from_previous_stage
-            )
+            dataset = self._training
             missing = [key for key in dataset.identifiers if not dataset.has_prediction(key)]
             if not missing:
                 self._is_switched.value = 1

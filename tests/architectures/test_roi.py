@@ -61,13 +61,46 @@ def test_regions_keep_every_box():
         assert np.array_equal((logits[label] > 0).numpy(), filled({0: found}, (10, 10)))
 
 
-def test_logits_are_confident_and_a_box_outlives_an_average_of_tiles():
-    logits = render_boxes({1: [((0, 2),)]}, (4,), 3)
-    assert logits.abs().min() >= 8 and logits.abs().max() <= 16
-    empty = render_boxes({}, (4,), 3)
-    assert (empty.argmax(0) == 0).all()
-    averaged = (0.4 * logits + 0.6 * empty).half()
-    assert averaged.argmax(0).tolist() == [1, 1, 0, 0]
+def averaged(folds, weights):
+    """What nnU-Net makes of the boxes that each fold found in each of some overlapping tiles, in half precision."""
+    of_folds = []
+    for tiles in folds:
+        weighted, total = torch.zeros_like(tiles[0]).half(), torch.zeros(()).half()
+        for logits, weight in zip(tiles, weights, strict=True):
+            weighted += logits.half() * torch.tensor(weight).half()
+            total += torch.tensor(weight).half()
+        of_folds.append(weighted / total)
+    return sum(of_folds) / len(of_folds)
+
+
+@pytest.mark.parametrize("total", [10, 80])  # nnU-Net's Gaussian, and the most that tiles add up to
+@pytest.mark.parametrize("share", [0.1, 0.9, 1.0])
+def test_a_box_that_one_of_five_folds_finds_in_one_of_two_tiles_is_kept(share, total):
+    weights = (share * total, (1 - share) * total)
+    for regions in (False, True):
+        found, none = (render_boxes(boxes, (4,), 3, regions) for boxes in ({1: [((0, 2),)]}, {}))
+        mean = averaged([(found, none), *[(none, none)] * 4], weights)
+        expected = [[False] * 4, [True, True, False, False], [False] * 4]
+        if regions:
+            assert (mean > 0).tolist() == expected
+        else:
+            assert mean.argmax(0).tolist() == [1, 1, 0, 0]
+        nothing = averaged([(none, none)] * 5, weights)
+        assert not (nothing > 0).any() if regions else (nothing.argmax(0) == 0).all()
+
+
+def test_boxes_of_different_labels_do_not_average_into_background():
+    shape = (4,)
+    first, second, none = (render_boxes(boxes, shape, 3) for boxes in ({1: [((0, 3),)]}, {2: [((1, 4),)]}, {}))
+    assert (averaged([(first,), (second,), *[(none,)] * 3], (10,)).argmax(0) > 0).all()
+    assert averaged([(first,), (first,), (second,)], (10,)).argmax(0).tolist() == [1, 1, 1, 2]
+
+
+def test_the_smaller_box_wins_in_an_average_too():
+    boxes = {1: [((0, 8),)], 2: [((2, 4),)]}
+    found, none = render_boxes(boxes, (10,), 3), render_boxes({}, (10,), 3)
+    mean = averaged([(found, none), *[(none, none)] * 4], (1, 9))
+    assert mean.argmax(0).tolist() == [1, 1, 2, 2, 1, 1, 1, 1, 0, 0]
 
 
 def test_no_boxes():

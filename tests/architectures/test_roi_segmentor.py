@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nnunet_dyn.accounting import count_operations
 from nnunet_dyn.architectures.efficient_unet import EfficientUNet
-from nnunet_dyn.architectures.roi import OUTSIDE, enlarge
+from nnunet_dyn.architectures.roi import enlarge
 from nnunet_dyn.architectures.roi_segmentor import (
     ROIDecision,
     ROISegmentor,
@@ -22,6 +22,7 @@ from nnunet_dyn.architectures.roi_segmentor import (
 from nnunet_dyn.decisions import EVERYTHING_ON, EVERYTHING_SKIPPED, SKIP, DecidingNetwork
 
 PATCH = (32, 32, 32)
+BACKGROUND = 8.0
 ANISOTROPIC = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
 PLAN_KEYS = ("n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides", "norm_op", "norm_op_kwargs")
 
@@ -74,8 +75,8 @@ def cube(start, side, dimension=3):
 
 
 def background(shape, classes=3):
-    expected = torch.full((classes, *shape), -OUTSIDE)
-    expected[0] = OUTSIDE
+    expected = torch.full((classes, *shape), -BACKGROUND)
+    expected[0] = BACKGROUND
     return expected
 
 
@@ -219,6 +220,24 @@ def test_targets_far_apart_are_run_one_by_one_and_near_ones_together():
     assert len(made.decide(many)[0].boxes) == 1  # 36 specks
 
 
+def test_boxes_that_overlap_or_meet_at_an_edge_are_one_only_where_that_is_cheaper():
+    made = build(options={"margin": 0})
+    long, across = ((0, 32), (0, 8), (0, 8)), ((0, 8), (0, 32), (0, 8))
+    at_an_edge = [((0, 8), (0, 8), (0, 32)), ((8, 16), (8, 32), (0, 8))]
+    inside = [cube(0, 32), cube(8, 8)]
+    x = tiles([long, across], at_an_edge, at_an_edge, inside)
+    x[2, 1] += x[2, 2]
+    x[2, 2] = 0  # both in one channel
+    overlapping, edge, same_channel, nested = made.decide(x[:, 1:])
+    assert set(overlapping.boxes) == {long, across}  # 4,096 of the 8,192 voxels around both
+    assert set(edge.boxes) == set(same_channel.boxes) == set(at_an_edge)
+    assert nested.boxes == (cube(0, 32),)
+    with torch.no_grad():
+        logits = made(x)
+    for tile, gate in zip(logits, x[:, 1:].any(1), strict=True):
+        assert (tile != background(PATCH)).any(0)[gate].all()
+
+
 def test_where_crops_overlap_each_target_is_its_own_crops():
     made = build(options={"margin": 0})
     targets = (((4, 5), (12, 13), (12, 13)), ((10, 11), (18, 19), (18, 19)))
@@ -276,7 +295,7 @@ def test_regions_have_no_background():
     x = tiles([], [cube(9, 6)])
     with torch.no_grad():
         logits = made(x)
-    assert (logits[0] == -OUTSIDE).all() and (logits[1, :, :8] == -OUTSIDE).all()
+    assert (logits[0] == -BACKGROUND).all() and (logits[1, :, :8] == -BACKGROUND).all()
     other = build(seed=1)
     other.load_state_dict(made.state_dict())
     with torch.no_grad():
@@ -290,7 +309,7 @@ def test_pretrained_weights_of_other_labels_load(tmp_path):
     load_pretrained_weights(made, tmp_path / "checkpoint.pth")
     key = "encoder.stages.0.0.convs.0.conv.weight"
     assert torch.equal(made.network.state_dict()[key], pretrained.network.state_dict()[key])
-    assert made.background_logits.tolist() == [OUTSIDE, -OUTSIDE, -OUTSIDE]
+    assert made.background_logits.tolist() == [BACKGROUND, -BACKGROUND, -BACKGROUND]
 
 
 def test_gradients_reach_every_parameter_of_the_network():
@@ -373,6 +392,10 @@ def test_what_cannot_be_built_says_why():
         build(options={"margin": -1})
     with pytest.raises(ValueError, match="smallest got 6; expected a multiple of 4"):
         build("stages", options={"smallest": 6})
+    with pytest.raises(ValueError, match=r"paper mode got .* \(16, 16, 16\); .* cubes of 16, so 8 or a divisor"):
+        build(n_stages=5, features=(4,) * 5, options={"mode": "paper"})
+    with pytest.raises(ValueError, match=r"EfficientUNet got batch normalisation; .*mbconv_norm='plan'"):
+        build("efficient", options={"mbconv_norm": "batch"})
 
 
 # --- the paper's segmentor --------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from nnunet_dyn.architectures.triplane import (
     TriPlaneDetector,
     sine_positions,
 )
+from nnunet_dyn.errors import JobError
 
 PATCH = (16, 24, 20)
 SMALL = {"size": 32, "backbone": "resnet18", "pyramid": 16, "width": 16, "hidden": 32, "heads": 2, "stages": 2}
@@ -201,6 +202,31 @@ def test_the_loss_is_that_of_the_boxes_that_are_there(small):
     off[0, 2, 2, 0] += 0.1  # in one plane, of one class, along one axis
     assert small.loss({"boxes": off, "present": logits}, target) > 0.05
     assert small.loss({"boxes": perfect, "present": -logits}, target) > 10
+
+
+def test_pretrained_weights_are_fetched_on_demand_alone(monkeypatch):
+    class Weights:
+        class DEFAULT:
+            @staticmethod
+            def get_state_dict(progress):
+                torch.manual_seed(1)
+                state = narrow_resnet(SMALL["backbone"], None, nn.BatchNorm2d).state_dict()
+                return state | {"fc.weight": torch.zeros(1)}
+
+    def offline(name):
+        raise OSError("no route")
+
+    monkeypatch.setattr(triplane, "get_model_weights", offline)
+    network = detector(pretrained=True)  # as planning and prediction build it
+    with pytest.raises(JobError, match=r"Got no weights of torchvision's resnet18 \(no route\); .* TORCH_HOME"):
+        network.load_pretrained()
+    detector().load_pretrained()  # without the option nothing is fetched
+    monkeypatch.setattr(triplane, "get_model_weights", lambda name: Weights)
+    network.load_pretrained()
+    expected = Weights.DEFAULT.get_state_dict(False)
+    for plane in network.planes:
+        state = plane.backbone.state_dict()
+        assert state and all(torch.equal(value, expected[key]) for key, value in state.items())
 
 
 def test_two_planes_make_each_axis_and_absent_classes_give_no_box(small, monkeypatch):

@@ -135,26 +135,32 @@ class TestDetector:
         trainer = make("3d_detect")
         trainer.initialize()
 
-        def detect(network, x):
-            assert x.shape[2:] == (12, 12, 12)
+        def read(network, outputs, patch):
+            assert tuple(patch) == (12, 12, 12)
             # The volume lies one voxel behind the patch's start where it is smaller.
             sure = Detection(((2, 5), (2, 6), (3, 6)), 0.9)
             found = [sure] if network.score_threshold > 0.15 else [sure, Detection(((8, 10), (9, 11), (6, 9)), 0.12)]
             return [{1: found, 2: []}]
 
-        monkeypatch.setattr(LowResDetector, "detect", detect)
+        monkeypatch.setattr(LowResDetector, "read", read)
+        passes = []
+        trainer.module.stages[0].register_forward_hook(lambda module, args, output: passes.append(len(output)))
         found = trainer.calibrate()
         # Label 2, 7–9 × 8–11 × 5–8, is found at a low score only: one voxel is missing on the second axis.
         assert found.score_threshold == pytest.approx(0.1) and found.is_safe
+        assert passes == [1]  # one for all scores
         assert found.margin == (0, 1, 0) and found.coverage == {"1": 1.0, "2": 1.0}
         assert trainer.module.margin.tolist() == [0, 1, 0]
 
     def test_a_failed_calibration_leaves_safe_boxes(self, make, monkeypatch):
         trainer = make("3d_detect")
         trainer.initialize()
-        monkeypatch.setattr(LowResDetector, "detect", lambda *_: 1 / 0)
+        path, before = Path(trainer.output_folder, "checkpoint_final.pth"), []
+        monkeypatch.setattr(LowResDetector, "read", lambda *_: before.append(path.is_file()) or 1 / 0)
         trainer.on_train_end()
-        weights = torch.load(Path(trainer.output_folder, "checkpoint_final.pth"), weights_only=False)["network_weights"]
+        assert before == [True]  # what was learned is saved before anything can fail or take long
+        assert not Path(trainer.output_folder, "calibration.json").exists()
+        weights = torch.load(path, weights_only=False)["network_weights"]
         assert weights["margin"].tolist() == [4, 4, 4] and float(weights["score_threshold"]) == pytest.approx(0.05)
 
     def test_without_the_segmentors_data_its_own_grid_serves(self, make):
@@ -166,11 +172,23 @@ class TestDetector:
         assert trainer.calibrate().cases == 1
 
 
+def test_pretrained_weights_are_fetched_when_a_training_starts_anew(make, monkeypatch, tmp_path):
+    fetched = []
+    monkeypatch.setattr(LowResDetector, "load_pretrained", lambda self: fetched.append(1))
+    trainer = make("3d_detect")
+    trainer.initialize()
+    assert fetched == [1]
+    trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
+    make("3d_detect").load_checkpoint(str(tmp_path / "checkpoint.pth"))
+    assert fetched == [1]
+
+
 class TestSegmentor:
     def test_it_trains_on_boxes_of_labels_before_the_detector_has_run(self, make):
         trainer = make("3d_roi")
         assert all(np.isfinite(steps(trainer, 2)))
         assert isinstance(trainer.module, ROISegmentor) and trainer.module.image_channels == 1
+        assert trainer.oversample_foreground_percent == 1
         batch = next(trainer.dataloader_train)
         assert batch["data"].shape[1] == 3  # the image, and a channel a class
         gates = batch["data"][:, 1:]
@@ -200,6 +218,7 @@ class TestSegmentor:
         trainer.current_epoch = 3
         trainer.on_train_epoch_start()
         assert not trainer._is_switched.value
+        trainer.do_split = None  # which reads files and fills the log, once an epoch
         context = multiprocessing.get_context("fork")
         ready, answers = context.Event(), context.Queue()
 
