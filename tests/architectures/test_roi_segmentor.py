@@ -228,7 +228,7 @@ def test_boxes_that_overlap_or_meet_at_an_edge_are_one_only_where_that_is_cheape
     x = tiles([long, across], at_an_edge, at_an_edge, inside)
     x[2, 1] += x[2, 2]
     x[2, 2] = 0  # both in one channel
-    overlapping, edge, same_channel, nested = made.decide(x[:, 1:])
+    overlapping, edge, same_channel, nested = made.decide(x)
     assert set(overlapping.boxes) == {long, across}  # 4,096 of the 8,192 voxels around both
     assert set(edge.boxes) == set(same_channel.boxes) == set(at_an_edge)
     assert nested.boxes == (cube(0, 32),)
