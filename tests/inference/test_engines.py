@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from nnunet_dyn.architectures.dynamic_convs.magic import MAGICConv
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.inference import Predictor
-from nnunet_dyn.inference.conversion import _kept, _Layer, convert, quantise, runner
+from nnunet_dyn.inference.conversion import _kept, _Layer, _layers, convert, quantise, runner
 from nnunet_dyn.inference.exporting import ExportOptions, export_model
 
 ENGINES = {3: "openvino", 2: "onnxruntime"}
-SHAPES = {2: (3, 40, 31), 3: (20, 30, 25)}
+SHAPES = {2: (2, 30, 20), 3: (16, 20, 18)}
 
 
 def need(engine: str) -> None:
@@ -21,13 +22,19 @@ def need(engine: str) -> None:
 
 def write_model(folder, trainer="nnUNetTrainer", dimension=3, **options):
     patch = {"patch_size": (24, 16)} if dimension == 2 else {}
+    options = {"mirroring": (0,)} | options
     return models.write_model(folder, trainer=trainer, dimension=dimension, **patch, **options)
 
 
-@pytest.mark.parametrize("dimension", [2, 3])
-@pytest.mark.parametrize("trainer", ["", "EffB0", "FullyEffB0", "MAGIC2x"])
+@pytest.fixture(scope="module")
+def planar(tmp_path_factory):
+    """nnU-Net's network for slices, two folds."""
+    return write_model(tmp_path_factory.mktemp("planar") / "model", dimension=2, folds=2)
+
+
+@pytest.mark.parametrize(("trainer", "dimension"), [("MAGIC2x", 2), ("EffB0", 2), ("FullyEffB0", 3), ("", 3)])
 def test_the_segmentation_is_that_of_torch(tmp_path, trainer, dimension):
-    """Converted as it is loaded; small batches, mirrored copies, two rows or more at once."""
+    """Converted as it is loaded; mirrored copies, two rows or more at once. nnU-Net's own for slices: below."""
     need(ENGINES[dimension])
     folder = write_model(tmp_path / "model", f"nnUNetTrainer{trainer}", dimension)
     array = models.image(SHAPES[dimension])
@@ -41,11 +48,10 @@ def test_the_segmentation_is_that_of_torch(tmp_path, trainer, dimension):
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
-def test_folds_have_their_own_weights(tmp_path, engine):
-    """A converted model shares the tensors of the network it was made from."""
+def test_folds_have_their_own_weights(planar, engine):
+    """A converted model shares the tensors of the network it was made from. One of them is in memory at a time."""
     need(engine)
-    folder = write_model(tmp_path / "model", dimension=2, folds=2)
-    converted, original = (Predictor.from_folder(folder, engine=e, device="cpu") for e in (engine, "torch"))
+    converted, original = (Predictor.from_folder(planar, engine=e, device="cpu") for e in (engine, "torch"))
     tile = torch.randn(2, 1, 24, 16)
     outputs = []
     for fold in (0, 1, 0):
@@ -58,28 +64,26 @@ def test_folds_have_their_own_weights(tmp_path, engine):
     assert (outputs[0] == outputs[2]).all() and not torch.allclose(outputs[0], outputs[1], atol=0.1)
 
 
-def test_an_exported_folder_of_onnx(tmp_path, monkeypatch):
+def test_an_exported_folder_of_onnx(planar, tmp_path, monkeypatch):
     need("onnxruntime")
-    folder = write_model(tmp_path / "model", dimension=2, folds=2, mirroring=None)
     monkeypatch.delenv("nnUNet_preprocessed", raising=False)
     options = ExportOptions("onnxruntime", "fp32", force=True)
-    manifest = export_model(folder, tmp_path / "exported", options)
-    assert manifest.models == ("fold_0.onnx", "fold_1.onnx") and manifest.mirroring_axes is None
+    manifest = export_model(planar, tmp_path / "exported", options)
+    assert manifest.models == ("fold_0.onnx", "fold_1.onnx") and manifest.mirroring_axes == (0,)
     array = models.image(SHAPES[2])
     for folds in (None, [1]):
         results = [
             Predictor.from_folder(source, folds, device="cpu").predict(array, (1, 1, 1)).segmentation
-            for source in (folder, tmp_path / "exported")
+            for source in (planar, tmp_path / "exported")
         ]
         assert (results[0] == results[1]).mean() >= 0.9999 and len(np.unique(results[0])) > 2
 
 
-def test_bf16_is_close(tmp_path):
+def test_bf16_is_close(planar):
     need("openvino")
-    folder = write_model(tmp_path / "model", dimension=2)
     data = torch.from_numpy(models.image(SHAPES[2]))
     full, low = (
-        Predictor.from_folder(folder, engine=engine, precision=precision, device="cpu")
+        Predictor.from_folder(planar, (0,), engine=engine, precision=precision, device="cpu")
         for engine, precision in (("torch", "fp32"), ("openvino", "bf16"))
     )
     expected, got = (predictor.predict_logits_from_preprocessed_data(data).float() for predictor in (full, low))
@@ -98,11 +102,10 @@ def test_bf16_is_close(tmp_path):
         (dict(engine="openvino", device="cuda"), "Engine openvino runs on the CPU; got device cuda"),
     ],
 )
-def test_requests_that_cannot_be_met(tmp_path, change, expected):
+def test_requests_that_cannot_be_met(planar, change, expected):
     need(change["engine"])
-    folder = write_model(tmp_path / "model", dimension=2)
     with pytest.raises(UsageError, match=expected):
-        Predictor.from_folder(folder, **{"device": "cpu", **change})
+        Predictor.from_folder(planar, **{"device": "cpu", **change})
 
 
 class Unpredictable(nn.Module):
@@ -149,6 +152,38 @@ def test_layers_that_lose_most_are_put_back():
     better = quantise(plain, patches, score, lost / 2, keep_first=False, keep_last=False)
     assert 0 < 1 - score(runner(better)) <= lost / 2
     assert 0 < count(better) < count(quantised)
+
+
+def test_magic_in_3d_and_in_int8():
+    """Its own kernels, which are computed from the image, keep their precision."""
+    need("openvino")
+    need("nncf")
+    torch.manual_seed(0)
+    magic = MAGICConv(nn.Conv3d, 8, 8, 3, padding=1, n_kernels=2)
+    convs = [nn.Conv3d(n, m, 3, padding=1) for n, m in ((1, 8), (8, 8), (8, 3))]
+    network = nn.Sequential(convs[0], nn.ReLU(), magic, nn.ReLU(), convs[1], nn.ReLU(), convs[2]).eval()
+    patches = [torch.randn(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    plain = convert(network, "openvino", (1, 1, 8, 8, 8))
+    with torch.no_grad():
+        expected = network(patches[0])
+    exact = torch.from_numpy(runner(plain, 1)(patches[0].numpy()).copy())
+    torch.testing.assert_close(exact, expected, atol=1e-4, rtol=1e-4)
+    quantised = quantise(plain, [patch.numpy() for patch in patches])
+    moving = {layer.name for layer in _layers(plain) if not layer.static}
+    kinds = {op.get_friendly_name(): op for op in quantised.get_ops() if "Convolution" in op.get_type_name()}
+    sources = {
+        name: {op.input_value(index).get_node().get_type_name() for index in (0, 1)} for name, op in kinds.items()
+    }
+    assert moving & sources.keys() and not any("FakeQuantize" in sources[name] for name in moving & sources.keys())
+    assert sum("FakeQuantize" in found for found in sources.values()) == 1, "the convolution between the ends"
+    got = torch.from_numpy(runner(quantised, 1)(patches[0].numpy()))
+    assert 1e-4 < float((got - expected).square().mean() / expected.square().mean()) ** 0.5 < 0.2
+
+
+def test_what_nncf_cannot_read_is_a_job_error():
+    need("nncf")
+    with pytest.raises(JobError, match="NNCF cannot quantise the network: AttributeError"):
+        quantise(object(), [])
 
 
 def test_what_is_not_quantised():
