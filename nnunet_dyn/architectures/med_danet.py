@@ -181,6 +181,7 @@ class Decision:
         skip_probability, crop_probability: the policy's; the latter of the crop it likes best, among what is not skip.
         review: whether a probability that counted is within half a logit of its threshold, so that the slice deserves
             a look.
+        deciding: what the networks that decided cost, which is part of ``cost``.
     """
 
     action: Literal["skip", "crop", "whole"]
@@ -190,6 +191,7 @@ class Decision:
     skip_probability: float = 0.0
     crop_probability: float = 0.0
     review: bool = False
+    deciding: float = 0.0
 
     def mirrored(self, axes: Sequence[int], size: Size) -> Decision:
         """The same decision for the slice of ``size`` voxels flipped along ``axes``, 0 for rows and 1 for columns."""
@@ -610,14 +612,16 @@ class MedDANetV2(nn.Module):
                 action = "skip"
             elif crop > crop_above or "whole" not in space:
                 action = "crop"
+            deciding = policy_macs + position_macs * (action == "crop")
             decisions.append(
                 Decision(
                     action,
                     bits=() if action == "skip" else None,
-                    cost=policy_macs + position_macs * (action == "crop"),
+                    cost=deciding,
                     skip_probability=skip,
                     crop_probability=crop,
                     review=_is_near(skip, skip_above) or (action != "skip" and _is_near(crop, crop_above)),
+                    deciding=deciding,
                 )
             )
             best_crops.append(best)
@@ -665,7 +669,7 @@ class MedDANetV2(nn.Module):
 
     @torch.no_grad()
     def execute(self, x: torch.Tensor, decisions: Sequence[Decision]) -> tuple[torch.Tensor, list[Decision]]:
-        """Carry out one decision a slice; the same decisions give the same logits.
+        """Carry out one decision a slice; the same decisions give the same logits, and what comes back, itself.
 
         Args:
             x: ``(B, C, H, W)``.
@@ -695,7 +699,8 @@ class MedDANetV2(nn.Module):
                 bits = tuple(widths[place] for widths in at_width.widths)
                 cost = sum(m * b for m, b in zip(macs, bits, strict=True)) / FULL_PRECISION
                 selecting = self.selector_macs if decisions[index].bits is None and self.is_quantised else 0
-                done[index] = replace(done[index], bits=bits, cost=done[index].cost + cost + selecting)
+                deciding = decisions[index].deciding + selecting
+                done[index] = replace(decisions[index], bits=bits, cost=deciding + cost, deciding=deciding)
         return logits, done
 
     def _selector(self, stage: int) -> BitSelector | None:
@@ -799,7 +804,13 @@ class MedDANetV2(nn.Module):
         paths = {EVERYTHING_ON: most}
         if "skip" in self.options.policy_space:
             paths[EVERYTHING_SKIPPED] = Decision("skip", bits=())
-        return {name: replace(path, cost=float(self.operations(path, patch))) for name, path in paths.items()}
+        return {name: self._costed(path, patch) for name, path in paths.items()}
+
+    def _costed(self, path: Decision, patch: Size) -> Decision:
+        """``path`` with the cost of all that decides, and of executing it in full precision."""
+        cost = float(self.operations(path, patch))
+        sizes = [tuple(stop - start for start, stop in box) for box in path.computed(patch)]
+        return replace(path, cost=cost, deciding=cost - sum(sum(self.stage_macs(patch, size)) for size in sizes))
 
     def deciding_macs(self, patch: Size) -> tuple[int, int]:
         """Multiply-accumulates of the policy and of the position network, for one slice."""

@@ -193,8 +193,8 @@ def test_a_batch_is_its_slices_one_by_one():
     one_by_one_32 = [network.execute(x[i : i + 1], [precise[i]])[0] for i in range(6)]
     assert torch.allclose(together_32, torch.cat(one_by_one_32), atol=1e-5)
     assert not torch.allclose(together_32, together, atol=1e-3)
-    again, _ = network.execute(x, done)  # what came of the decisions can be replayed
-    assert torch.equal(again, together)
+    again, replayed = network.execute(x, done)  # what came of the decisions can be replayed, and costs the same
+    assert torch.equal(again, together) and replayed == done
 
 
 def test_one_decision_serves_all_flips():
@@ -410,7 +410,8 @@ def test_costs_by_hand():
     x = torch.randn(1, 1, *PATCH)
     _, (done,) = network.execute(x, network.decide(x))
     expected = sum(m * b / 32 for m, b in zip(by_hand(1024, full), done.bits, strict=True))
-    assert done.cost == expected + sum(deciding) + selecting
+    assert done.cost == expected + sum(deciding) + selecting and done.deciding == sum(deciding) + selecting
+    assert network.execute(x, [done])[1] == [done], "replayed, nothing is counted twice"
     force(network, 9.0, 0.0, 0.0)
     network.skip_threshold.fill_(0.5)
     assert network.decide(x)[0].cost == deciding[0]
@@ -636,6 +637,7 @@ def test_paths_are_the_extremes_that_the_policy_may_choose():
     assert torch.equal(network.execute(x, [everything])[0], network.segment_whole(x))
     assert (network.execute(x, [skipped])[0].argmax(1) == 0).all()
     assert everything.cost == network.operations(everything, PATCH) > 5 * skipped.cost
+    assert [network.execute(x, [path])[1] for path in paths.values()] == [[everything], [skipped]]
     assert list(build(policy_space=["whole"]).profile_paths(PATCH)) == ["everything on"]
     largest = build(policy_space=["skip", 32, 24]).profile_paths(PATCH)["everything on"]
     assert largest.action == "crop" and largest.box == ((0, 32), (0, 32))
