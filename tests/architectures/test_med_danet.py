@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from nnunet_dyn.accounting import count_operations
+from nnunet_dyn.accounting import count_operations, training_memory
 from nnunet_dyn.architectures.blocks import MBConv
 from nnunet_dyn.architectures.efficient_unet import EfficientUNet
 from nnunet_dyn.architectures.med_danet import (
@@ -516,6 +516,39 @@ def test_the_training_forward_is_what_evaluation_computes():
     ]
     expected = (outputs["choice"] * torch.stack(by_choice, 1)).sum(1)
     assert torch.allclose(outputs["cost"], expected, atol=1e-5)
+
+
+def saved_bytes(network, x):
+    """Of the storages that autograd keeps of a training step, but for those of the parameters."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    seen = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, so that its place is not taken
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(x)
+    return sum(size for size, _ in seen.values())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"policy_space": ["whole"]}, {"bits": [32]}, {"policy_space": ["whole"], "bits": [32]}], ids=repr
+)
+def test_planned_and_counted_memory_is_what_a_training_step_keeps(options):
+    network = build(**options).train()
+    network.enter(EVERYTHING)
+    kept = saved_bytes(network, torch.randn(2, 2, *PATCH)) / 2
+    counted = training_memory(network, (1, 2, *PATCH))
+    assert counted == pytest.approx(kept, rel=0.05)
+    assert network.compute_conv_feature_map_size(PATCH) == counted // 8  # a unit of nnU-Net's is two maps in fp32
+    training, inference = (
+        count_operations(network.train(mode), (1, 2, *PATCH)).by_module["backbone.encoder.stages.0"]
+        for mode in (True, False)
+    )
+    assert training == inference, "operations are those of one pass, not of all"
 
 
 def test_the_cost_reaches_the_policy_and_the_selectors_only():
