@@ -151,6 +151,25 @@ def test_no_mirroring_and_bf16(model):
     assert all(tile.macs == tile.decision.cost for tile in full.decided[0])
 
 
+def test_regions_and_one_mirrored_axis(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BATCH_VOXELS", 1)
+    tiles = slices()[0, :, None, : PATCH[0], : PATCH[1]]
+    options = dict(labels=models.REGIONS, mirroring=(1,), spacing=SPACING, folds=3)
+    folder = models.write_deciding_model(tmp_path / "model", tiles, **options)
+    reference = OneDecision(device=torch.device("cpu"), allow_tqdm=False)
+    reference.initialize_from_trained_model_folder(str(folder), (2,))
+    data = slices()[..., : PATCH[0], : PATCH[1]]  # a slice is a tile
+    expected = reference.predict_logits_from_preprocessed_data(data)
+    predictor = Predictor.from_folder(folder, (2,), device="cpu")
+    unet = rows_of(predictor.network.backbone.encoder.stages[0])
+    logits = predictor.predict_logits_from_preprocessed_data(data)
+    assert (logits - expected).float().abs().mean() < 1e-3 and logits.shape[0] == 3
+    found = [tile.decision.action for tile in predictor.decided[0]]
+    assert set(found) == {"skip", "crop", "whole"} and sum(unet) == 2 * (8 - found.count("skip"))
+    skipped = [index for index, action in enumerate(found) if action == "skip"]
+    assert (logits[:, skipped] < 0).all() and (logits > 0).any(), "of no region"
+
+
 @pytest.mark.filterwarnings("error:Got a step size")
 def test_another_step_size_than_that_of_calibration_is_a_warning(model):
     predictor = Predictor.from_folder(model, (0,), device="cpu", use_mirroring=False, tile_step_size=0.9)
