@@ -97,7 +97,7 @@ def _follow(network: nn.Module, input_shape: Sequence[int], training: bool) -> t
     was_training = network.training
     try:
         network.train(training)
-        with torch.set_grad_enabled(training), _Allocations() as allocations:
+        with torch.set_grad_enabled(training), _Allocations(follow_peak=not training) as allocations:
             outputs = call()
     finally:
         network.train(was_training)
@@ -179,10 +179,15 @@ class _Counter(TorchDispatchMode):
 
 
 class _Allocations(TorchDispatchMode):
-    """Follows the storages that operators make, while they live."""
+    """Follows the storages that operators make, while they live.
 
-    def __init__(self):
+    Args:
+        follow_peak: also look after every operator what lives, which takes longer the more there is.
+    """
+
+    def __init__(self, follow_peak: bool):
         super().__init__()
+        self.follow_peak = follow_peak
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
 
@@ -199,5 +204,6 @@ class _Allocations(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in inputs:
                     self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, self.alive())
+        if self.follow_peak:
+            self.peak = max(self.peak, self.alive())
         return out

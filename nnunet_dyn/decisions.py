@@ -21,6 +21,8 @@ Box = tuple[tuple[int, int], ...]
 FORMAT_VERSION = 1
 #: The action of a tile that is background at once: nothing is computed of it, in no mirrored copy.
 SKIP = "skip"
+#: Of the patch: where tiles lie in calibration. Others may leave out what calibration never saw left out.
+CALIBRATED_STEP_SIZE = 0.5
 #: What ``profile_paths`` calls the extremes; a network that never skips has only the first.
 EVERYTHING_ON, EVERYTHING_SKIPPED = "everything on", "everything skipped"
 

@@ -31,7 +31,7 @@ def plot_decisions(
     """Draw slices with their segmentation, decisions, boxes and bits below a bar of all slices, as one picture.
 
     Of more slices than ``most`` those are shown that deserve a look and others at equal distances; the bar has all.
-    What several tiles or folds decided for a slice is drawn together.
+    What several tiles or folds decided for a slice is drawn together, bits that differ as a range.
 
     Args:
         image: one channel of the preprocessed image, ``(Z, H, W)``.
@@ -129,11 +129,12 @@ def _draw_slice(ax, index: int, tiles: list[TileDecision], shape: tuple[int, ...
                 corner, size = (left - 0.5, top - 0.5), (right - left, bottom - top)
                 ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=1.2))
     actions = Counter(tile.decision.action for tile in tiles)
-    bits = {getattr(tile.decision, "bits", None) for tile in tiles} - {None, ()}
+    bits = [widths for tile in tiles if (widths := getattr(tile.decision, "bits", None))]
     review = any(tile.decision.review for tile in tiles)
     names = [action if len(tiles) == 1 else f"{count} {action}" for action, count in sorted(actions.items())]
     text = f"{index}: {', '.join(names)}{' (review)' if review else ''}"
-    if len(bits) == 1:
-        text += "\n" + " ".join(map(str, bits.pop()))
+    if bits:
+        ranges = [sorted({min(stage), max(stage)}) for stage in zip(*bits, strict=True)]
+        text += "\n" + " ".join("–".join(map(str, ends)) for ends in ranges)
     colours = [colour for action, colour in _COLOURS.items() if action in actions] or [_OTHER]
     ax.set_title(text, fontsize=6.5, color=_REVIEW if review else colours[-1], pad=2)

@@ -38,7 +38,8 @@ UNITS = (
 PATHS = (
     "Paths of networks that decide what they compute, deciding included. MACs are those that run, at whatever width; "
     "a pass decides and then does what the path says, or on images what was decided. The mean over images is of the "
-    "tiles of the sliding window, each once and not mirrored, with the decisions of the trained network."
+    "tiles of the sliding window, each once and not mirrored, with the decisions of the trained network; its seconds "
+    "are relative to the median of some passes of the first row's network (--rounds an image) between the tiles."
 )
 
 
@@ -425,8 +426,14 @@ def _trained(args: argparse.Namespace) -> tuple[Predictor, list[list[Path]]]:
     if given := [flag for flag, value in named.items() if value is not None]:
         raise UsageError(f"Got -m beside {', '.join(given)}; expected the model folder alone, which says all of them.")
     from nnunet_dyn.inference import Predictor
+    from nnunet_dyn.inference.exported import is_exported
     from nnunet_dyn.inference.model_folder import available_folds
 
+    if is_exported(args.m):
+        raise UsageError(
+            f"-m got {args.m}, an exported model, whose network is in an engine's own format; expected nnU-Net's model "
+            "folder. Name the one that it was exported from."
+        )
     folds = [args.f] if args.f else available_folds(args.m)[:1] or None
     predictor = Predictor.from_folder(args.m, folds, device=args.device)
     if args.i is None:

@@ -141,6 +141,7 @@ def write_deciding_model(folder: Path, tiles: torch.Tensor, **options) -> Path:
     @torch.no_grad()
     def prepare(network):
         network.is_quantised.fill_(True)
+        network.set_regions(any(isinstance(label, list) for label in options.get("labels", LABELS).values()))
         view = network._view(tiles)
         network.policy.fc.weight *= 30 / network.score(view).std(0).mean()
         network.policy.fc.bias -= network.score(view).mean(0)

@@ -64,6 +64,13 @@ def test_tiles_of_a_slice_are_drawn_together(tmp_path, figures):
     assert sorted(patch.get_height() for patch in bar.patches) == pytest.approx([1 / 3, 2 / 3])
 
 
+def test_bits_that_differ_between_tiles_are_a_range(tmp_path, figures):
+    shape, zeros = (1, 32, 40), np.zeros((1, 32, 40))
+    tiles = [Decision("whole", bits=(8, 8, 16)), Decision("skip", bits=()), Decision("whole", bits=(16, 8, 12))]
+    plot_decisions(zeros, zeros, of_slices(tiles, shape, (0, 8, 16), 24), tmp_path / "case.png")
+    assert figures[0].axes[1].get_title() == "0: 1 skip, 2 whole\n8–16 8 12–16"
+
+
 def test_of_many_slices_a_part_is_shown_and_all_that_deserve_a_look(tmp_path, figures):
     shape = (50, 8, 8)
     decisions = [Decision("skip", bits=(), review=index in (7, 31)) for index in range(50)]

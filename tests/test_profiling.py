@@ -239,6 +239,15 @@ def test_bad_usage_of_a_model(arguments, message, deciding, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("images", [False, True])
+def test_an_exported_model_is_one_line(deciding, tmp_path, capsys, images):
+    (tmp_path / "manifest.json").write_text("{}")
+    assert profile("-m", tmp_path, *["-i", deciding / "images"] * images) == 2
+    shown = capsys.readouterr().err
+    assert "an exported model" in shown and "Name the one that it was exported from." in shown
+    assert shown.count("\n") == 1
+
+
 def test_images_for_a_network_that_does_not_decide(deciding, tmp_path, capsys):
     model = models.write_model(tmp_path / "model", dimension=2, patch_size=(16, 16))
     assert profile("-m", model, "-i", deciding / "images") == 2

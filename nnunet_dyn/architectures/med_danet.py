@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torchvision.models import shufflenet_v2_x0_5
 
-from nnunet_dyn.accounting import count_operations
+from nnunet_dyn.accounting import count_operations, training_memory
 from nnunet_dyn.architectures.blocks import kept_maps, strided_size
 from nnunet_dyn.decisions import EVERYTHING_ON, EVERYTHING_SKIPPED
 from nnunet_dyn.quantization import FULL_PRECISION, quantized
@@ -51,7 +51,8 @@ class Phase:
     """One part of the training.
 
     Attributes:
-        share: of all epochs; the last phase has an epoch at least.
+        share: of all epochs, relative to the other phases in which something learns that the network has; the last
+            phase has an epoch at least.
         learns: parts of the network whose parameters change, of :data:`PARTS`.
         random_centres: crops are placed at random, not by the position network.
         quantised: stages run at the widths that the selectors choose, else in full precision.
@@ -181,6 +182,7 @@ class Decision:
         skip_probability, crop_probability: the policy's; the latter of the crop it likes best, among what is not skip.
         review: whether a probability that counted is within half a logit of its threshold, so that the slice deserves
             a look.
+        deciding: what the networks that decided cost, which is part of ``cost``.
     """
 
     action: Literal["skip", "crop", "whole"]
@@ -190,6 +192,7 @@ class Decision:
     skip_probability: float = 0.0
     crop_probability: float = 0.0
     review: bool = False
+    deciding: float = 0.0
 
     def mirrored(self, axes: Sequence[int], size: Size) -> Decision:
         """The same decision for the slice of ``size`` voxels flipped along ``axes``, 0 for rows and 1 for columns."""
@@ -491,13 +494,15 @@ class MedDANetV2(nn.Module):
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
         """Memory of one training sample, in nnU-Net's unit: every choice at every width is kept for its gradient.
 
+        Counted by :func:`nnunet_dyn.accounting.training_memory`: what is rounded is kept besides, and the last stage
+        of a crop is as large as the slice.
+
         Raises:
             ValueError: see :meth:`check_patch`.
         """
         self.check_patch(input_size)
-        sizes = [crop_size(crop, input_size, self.divisor) for crop in self.options.crops]
-        sizes += [tuple(input_size)] * ("whole" in self.options.policy_space)
-        return sum(map(self.backbone.compute_conv_feature_map_size, sizes), np.int64(0)) * len(self.options.bits)
+        bytes_of_a_unit = 2 * 4  # two maps in single precision, as in ``blocks.kept_maps``
+        return np.int64(training_memory(self, (1, self.input_channels, *input_size)) // bytes_of_a_unit)
 
     # --- forward ---
 
@@ -520,9 +525,10 @@ class MedDANetV2(nn.Module):
             RuntimeError: training by a trainer that does not know the method.
         """
         if x.is_meta:  # sizes and costs only: what can be had without looking at the slice
-            for network in (self.policy, self.position):
-                if network is not None:
-                    network(self._view(x))  # autocast does not know the meta device
+            view = self._view(x)  # autocast does not know the meta device
+            scores, places = (None if network is None else network(view) for network in (self.policy, self.position))
+            if self.training and torch.is_grad_enabled():
+                return [scores, *self._every_choice(x, places)]
             return self.segment_whole(x)
         if self.training:
             if self.phase is None:
@@ -610,14 +616,16 @@ class MedDANetV2(nn.Module):
                 action = "skip"
             elif crop > crop_above or "whole" not in space:
                 action = "crop"
+            deciding = policy_macs + position_macs * (action == "crop")
             decisions.append(
                 Decision(
                     action,
                     bits=() if action == "skip" else None,
-                    cost=policy_macs + position_macs * (action == "crop"),
+                    cost=deciding,
                     skip_probability=skip,
                     crop_probability=crop,
                     review=_is_near(skip, skip_above) or (action != "skip" and _is_near(crop, crop_above)),
+                    deciding=deciding,
                 )
             )
             best_crops.append(best)
@@ -665,7 +673,7 @@ class MedDANetV2(nn.Module):
 
     @torch.no_grad()
     def execute(self, x: torch.Tensor, decisions: Sequence[Decision]) -> tuple[torch.Tensor, list[Decision]]:
-        """Carry out one decision a slice; the same decisions give the same logits.
+        """Carry out one decision a slice; the same decisions give the same logits, and what comes back, itself.
 
         Args:
             x: ``(B, C, H, W)``.
@@ -695,7 +703,8 @@ class MedDANetV2(nn.Module):
                 bits = tuple(widths[place] for widths in at_width.widths)
                 cost = sum(m * b for m, b in zip(macs, bits, strict=True)) / FULL_PRECISION
                 selecting = self.selector_macs if decisions[index].bits is None and self.is_quantised else 0
-                done[index] = replace(done[index], bits=bits, cost=done[index].cost + cost + selecting)
+                deciding = decisions[index].deciding + selecting
+                done[index] = replace(decisions[index], bits=bits, cost=deciding + cost, deciding=deciding)
         return logits, done
 
     def _selector(self, stage: int) -> BitSelector | None:
@@ -733,7 +742,7 @@ class MedDANetV2(nn.Module):
                 logits.append(self.background_logits.to(x.dtype).view(1, -1, 1, 1).expand(len(x), -1, *patch))
                 costs.append(x.new_full((len(x),), policy_macs / unit))
                 continue
-            at_width = _Mixture(self, len(x))
+            at_width = _Mixture(self, len(x), self.phase.quantised)
             deciding = policy_macs + (self.selector_macs if self.phase.quantised else 0)
             if option == "whole":
                 size = patch
@@ -755,6 +764,18 @@ class MedDANetV2(nn.Module):
             costs.append(torch.stack(at_width.widths, 1) @ weights + deciding / unit)
         cost = (choice * torch.stack(costs, 1)).sum(1)
         return outputs | {"logits": logits, "choice": choice, "corners": corners, "cost": cost}
+
+    def _every_choice(self, x: torch.Tensor, places: torch.Tensor | None) -> list[torch.Tensor]:
+        """Logits of every choice but skipping, at every width, with crops at ``places: (B, 2)``: for sizes alone."""
+        patch, logits = tuple(x.shape[2:]), []
+        for option in self.options.policy_space:
+            if option == "whole":
+                logits.append(self._segment(x, _Mixture(self, len(x), quantised=True)))
+            elif option != "skip":
+                cut = crop_at(x, places, crop_size(option, patch, self.divisor))
+                restore = partial(restore_at, full=patch)
+                logits.append(self._segment(cut, _Mixture(self, len(x), quantised=True), restore, places))
+        return logits
 
     @staticmethod
     def _room(size: Size, x: torch.Tensor) -> torch.Tensor:
@@ -799,7 +820,13 @@ class MedDANetV2(nn.Module):
         paths = {EVERYTHING_ON: most}
         if "skip" in self.options.policy_space:
             paths[EVERYTHING_SKIPPED] = Decision("skip", bits=())
-        return {name: replace(path, cost=float(self.operations(path, patch))) for name, path in paths.items()}
+        return {name: self._costed(path, patch) for name, path in paths.items()}
+
+    def _costed(self, path: Decision, patch: Size) -> Decision:
+        """``path`` with the cost of all that decides, and of executing it in full precision."""
+        cost = float(self.operations(path, patch))
+        sizes = [tuple(stop - start for start, stop in box) for box in path.computed(patch)]
+        return replace(path, cost=cost, deciding=cost - sum(sum(self.stage_macs(patch, size)) for size in sizes))
 
     def deciding_macs(self, patch: Size) -> tuple[int, int]:
         """Multiply-accumulates of the policy and of the position network, for one slice."""
@@ -901,19 +928,22 @@ def _take(entry: torch.Tensor | Sequence, members: list[int]) -> torch.Tensor | 
 class _Mixture:
     """Runs each stage at every width and keeps what the selector chooses; gradients are those of the expectation.
 
+    Args:
+        quantised: or in full precision, without selectors.
+
     Attributes:
         widths: per stage that has run, the width of each slice, ``(B,)``, with the gradient of Eq. 7.
     """
 
-    def __init__(self, network: MedDANetV2, batch: int):
-        self.network, self.batch = network, batch
+    def __init__(self, network: MedDANetV2, batch: int, quantised: bool):
+        self.network, self.batch, self.quantised = network, batch, quantised
         self.widths: list[torch.Tensor] = []
 
     def __call__(self, stage: int, run: Run, gradient: torch.Tensor, *inputs) -> torch.Tensor:
         network = self.network
-        selector = network._selector(stage) if network.phase.quantised else None
+        selector = network._selector(stage) if self.quantised else None
         if selector is None:
-            width = network.fixed_width(stage) if network.phase.quantised else FULL_PRECISION
+            width = network.fixed_width(stage) if self.quantised else FULL_PRECISION
             self.widths.append(torch.full((self.batch,), float(width), device=gradient.device))
             with quantized(width):
                 return run(*inputs)

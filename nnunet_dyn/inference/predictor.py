@@ -9,6 +9,7 @@ import math
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
@@ -20,13 +21,13 @@ import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from batchgenerators.utilities.file_and_folder_operations import save_json, save_pickle
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from tqdm import tqdm
 
-from nnunet_dyn.decisions import EVERYTHING_ON, SKIP, CaseDecisions, Decision, TileDecision
+from nnunet_dyn.decisions import CALIBRATED_STEP_SIZE, EVERYTHING_ON, SKIP, CaseDecisions, Decision, TileDecision
 from nnunet_dyn.errors import JobError, NotFiniteError, UsageError
 from nnunet_dyn.inference.conversion import converted_engine
 from nnunet_dyn.inference.engines import Engine, TorchEngine, check_engine
@@ -304,6 +305,7 @@ class Predictor(nnUNetPredictor):
                 logits = of_fold if logits is None else logits.add_(of_fold)
                 if self.engine.decides:
                     self.decided = (*self.decided, self._placed(tuple(data.shape)))
+        self._warn_of_tiles_not_calibrated_for(tuple(data.shape[1:]))
         return logits.div_(self.engine.folds) if self.engine.folds > 1 else logits
 
     def _placed(self, shape: tuple[int, ...]) -> tuple[TileDecision, ...]:
@@ -313,6 +315,22 @@ class Predictor(nnUNetPredictor):
         _, inside = pad_nd_image(image, patch, "constant", {"value": 0}, True, None)  # as nnU-Net's sliding window does
         offset = [part.start for part in inside[1:]]
         return tuple(TileDecision.make(slicer, offset, shape[1:], *rest) for slicer, *rest in self._decided)
+
+    def _warn_of_tiles_not_calibrated_for(self, shape: tuple[int, ...]) -> None:
+        """Where a part of an image of ``shape`` was left out and its tiles lie elsewhere than in calibration."""
+        patch = tuple(self.configuration_manager.patch_size)
+        padded = [max(size, side) for size, side in zip(shape[-len(patch) :], patch, strict=True)]
+        steps = (self.tile_step_size, CALIBRATED_STEP_SIZE)
+        tiles, calibrated = (compute_steps_for_sliding_window(padded, patch, step) for step in steps)
+        whole = (tuple((0, side) for side in patch),)
+        decisions = (tile.decision for fold in self.decided for tile in fold)
+        if tiles != calibrated and any(decision.computed(patch) != whole for decision in decisions):
+            warnings.warn(
+                f"Got a step size of {self.tile_step_size:g} of the patch; expected {CALIBRATED_STEP_SIZE:g}, with "
+                f"which {self.trainer_name} has calibrated what may be skipped or cropped: its coverage is not known "
+                "for other tiles. Leave out -step_size.",
+                stacklevel=2,
+            )
 
     @contextmanager
     def _threads(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_dyn.architectures.med_danet import PARTS, SCHEDULES, Decision, MedDANetV2, Phase, crop_size
+from nnunet_dyn.decisions import CALIBRATED_STEP_SIZE
 from nnunet_dyn.planning import build_network, derived_architecture
 from nnunet_dyn.plans_templates import load_template
 from nnunet_dyn.safety import NEVER, Calibration, Evidence
@@ -177,8 +178,12 @@ class MedDANetTrainer(CalibratedTrainer):
         return tuple(phase for phase in SCHEDULES[self.module.options.schedule] if phase.learns & set(parts))
 
     def phase_index(self, epoch: int) -> int:
-        """Which phase ``epoch`` belongs to; the last one has one epoch at least."""
-        ends = [int(end * self.num_epochs) for end in accumulate(phase.share for phase in self.schedule)]
+        """Which phase ``epoch`` belongs to; the last one has one epoch at least.
+
+        Where phases are left out, the others have their shares.
+        """
+        ends = list(accumulate(phase.share for phase in self.schedule))
+        ends = [int(end / ends[-1] * self.num_epochs + 1e-9) for end in ends]
         return min(sum(epoch >= end for end in ends), len(ends) - 1)
 
     def enter_phase(self) -> None:
@@ -382,7 +387,7 @@ class MedDANetTrainer(CalibratedTrainer):
         labels = pad_nd_image(np.asarray(segmentation[0]), patch, "constant", {"constant_values": 0})
         # The highest score among the tiles with a voxel: of skipping, and of cropping by those that leave it out.
         skips, crops = (np.full(labels.shape, -np.inf, np.float32) for _ in range(2))
-        steps = compute_steps_for_sliding_window(data.shape[2:], patch, 0.5)
+        steps = compute_steps_for_sliding_window(data.shape[2:], patch, CALIBRATED_STEP_SIZE)
         batch = max(1, self.batch_size)
         for row, column in product(*steps):
             window = (slice(row, row + patch[0]), slice(column, column + patch[1]))

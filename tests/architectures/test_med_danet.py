@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from nnunet_dyn.accounting import count_operations
+from nnunet_dyn.accounting import count_operations, training_memory
 from nnunet_dyn.architectures.blocks import MBConv
 from nnunet_dyn.architectures.efficient_unet import EfficientUNet
 from nnunet_dyn.architectures.med_danet import (
@@ -193,8 +193,8 @@ def test_a_batch_is_its_slices_one_by_one():
     one_by_one_32 = [network.execute(x[i : i + 1], [precise[i]])[0] for i in range(6)]
     assert torch.allclose(together_32, torch.cat(one_by_one_32), atol=1e-5)
     assert not torch.allclose(together_32, together, atol=1e-3)
-    again, _ = network.execute(x, done)  # what came of the decisions can be replayed
-    assert torch.equal(again, together)
+    again, replayed = network.execute(x, done)  # what came of the decisions can be replayed, and costs the same
+    assert torch.equal(again, together) and replayed == done
 
 
 def test_one_decision_serves_all_flips():
@@ -410,7 +410,8 @@ def test_costs_by_hand():
     x = torch.randn(1, 1, *PATCH)
     _, (done,) = network.execute(x, network.decide(x))
     expected = sum(m * b / 32 for m, b in zip(by_hand(1024, full), done.bits, strict=True))
-    assert done.cost == expected + sum(deciding) + selecting
+    assert done.cost == expected + sum(deciding) + selecting and done.deciding == sum(deciding) + selecting
+    assert network.execute(x, [done])[1] == [done], "replayed, nothing is counted twice"
     force(network, 9.0, 0.0, 0.0)
     network.skip_threshold.fill_(0.5)
     assert network.decide(x)[0].cost == deciding[0]
@@ -515,6 +516,39 @@ def test_the_training_forward_is_what_evaluation_computes():
     ]
     expected = (outputs["choice"] * torch.stack(by_choice, 1)).sum(1)
     assert torch.allclose(outputs["cost"], expected, atol=1e-5)
+
+
+def saved_bytes(network, x):
+    """Of the storages that autograd keeps of a training step, but for those of the parameters."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    seen = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, so that its place is not taken
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(x)
+    return sum(size for size, _ in seen.values())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"policy_space": ["whole"]}, {"bits": [32]}, {"policy_space": ["whole"], "bits": [32]}], ids=repr
+)
+def test_planned_and_counted_memory_is_what_a_training_step_keeps(options):
+    network = build(**options).train()
+    network.enter(EVERYTHING)
+    kept = saved_bytes(network, torch.randn(2, 2, *PATCH)) / 2
+    counted = training_memory(network, (1, 2, *PATCH))
+    assert counted == pytest.approx(kept, rel=0.05)
+    assert network.compute_conv_feature_map_size(PATCH) == counted // 8  # a unit of nnU-Net's is two maps in fp32
+    training, inference = (
+        count_operations(network.train(mode), (1, 2, *PATCH)).by_module["backbone.encoder.stages.0"]
+        for mode in (True, False)
+    )
+    assert training == inference, "operations are those of one pass, not of all"
 
 
 def test_the_cost_reaches_the_policy_and_the_selectors_only():
@@ -636,6 +670,7 @@ def test_paths_are_the_extremes_that_the_policy_may_choose():
     assert torch.equal(network.execute(x, [everything])[0], network.segment_whole(x))
     assert (network.execute(x, [skipped])[0].argmax(1) == 0).all()
     assert everything.cost == network.operations(everything, PATCH) > 5 * skipped.cost
+    assert [network.execute(x, [path])[1] for path in paths.values()] == [[everything], [skipped]]
     assert list(build(policy_space=["whole"]).profile_paths(PATCH)) == ["everything on"]
     largest = build(policy_space=["skip", 32, 24]).profile_paths(PATCH)["everything on"]
     assert largest.action == "crop" and largest.box == ((0, 32), (0, 32))

@@ -42,7 +42,7 @@ class OneDecision(nnUNetPredictor):
     def _internal_maybe_mirror_and_predict(self, x):
         decided = self.network.decide(x)
         logits, done = self.network.execute(x, decided)
-        copies = [axes for n in (1, 2) for axes in itertools.combinations((0, 1), n)]
+        copies = [axes for n in (1, 2) for axes in itertools.combinations(self.allowed_mirroring_axes, n)]
         for axes in copies:
             flip = [axis + 2 for axis in axes]
             mirrored = [decision.mirrored(axes, tuple(x.shape[2:])) for decision in done]
@@ -151,6 +151,40 @@ def test_no_mirroring_and_bf16(model):
     assert all(tile.macs == tile.decision.cost for tile in full.decided[0])
 
 
+def test_regions_and_one_mirrored_axis(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BATCH_VOXELS", 1)
+    tiles = slices()[0, :, None, : PATCH[0], : PATCH[1]]
+    options = dict(labels=models.REGIONS, mirroring=(1,), spacing=SPACING, folds=3)
+    folder = models.write_deciding_model(tmp_path / "model", tiles, **options)
+    reference = OneDecision(device=torch.device("cpu"), allow_tqdm=False)
+    reference.initialize_from_trained_model_folder(str(folder), (2,))
+    data = slices()[..., : PATCH[0], : PATCH[1]]  # a slice is a tile
+    expected = reference.predict_logits_from_preprocessed_data(data)
+    predictor = Predictor.from_folder(folder, (2,), device="cpu")
+    unet = rows_of(predictor.network.backbone.encoder.stages[0])
+    logits = predictor.predict_logits_from_preprocessed_data(data)
+    assert (logits - expected).float().abs().mean() < 1e-3 and logits.shape[0] == 3
+    found = [tile.decision.action for tile in predictor.decided[0]]
+    assert set(found) == {"skip", "crop", "whole"} and sum(unet) == 2 * (8 - found.count("skip"))
+    skipped = [index for index, action in enumerate(found) if action == "skip"]
+    assert (logits[:, skipped] < 0).all() and (logits > 0).any(), "of no region"
+
+
+@pytest.mark.filterwarnings("error:Got a step size")
+def test_another_step_size_than_that_of_calibration_is_a_warning(model):
+    predictor = Predictor.from_folder(model, (0,), device="cpu", use_mirroring=False, tile_step_size=0.9)
+    message = r"step size of 0\.9 of the patch; expected 0\.5, .* has calibrated .* Leave out -step_size"
+    wide = torch.cat([slices(), slices()], 3)
+    with pytest.warns(UserWarning, match=message) as said:
+        predictor.predict_logits_from_preprocessed_data(wide)
+    assert len(said) == 1
+    predictor.predict_logits_from_preprocessed_data(wide[..., : PATCH[0], : PATCH[1]])  # one tile, whatever the step
+    predictor.network.skip_threshold.fill_(2)  # nothing is left out
+    predictor.network.crop_threshold.fill_(2)
+    predictor.predict_logits_from_preprocessed_data(wide)
+    Predictor.from_folder(model, (0,), device="cpu", use_mirroring=False).predict_logits_from_preprocessed_data(wide)
+
+
 # --- where things are -------------------------------------------------------------------------------------------
 
 
@@ -249,10 +283,19 @@ def test_a_tile_near_a_threshold_is_for_review(model, images, tmp_path):
     weights = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)["network_weights"]
     predictor = Predictor.from_folder(model, (0,), device="cpu")
     assert predictor.network.skip_threshold == weights["skip_threshold"]
+
+    def near(probability, threshold):
+        one, other = torch.logit(torch.tensor([probability, weights[threshold].item()]).double())
+        return abs(one - other).item() < 0.5
+
     outcomes = predictor.predict_files(images, tmp_path / "out", save_decisions=True)
     for outcome in outcomes:
         found = json.loads((tmp_path / "out" / "decisions" / f"{outcome.case}.json").read_text())
-        expected = [tile.decision.review for tile in outcome.decisions.tiles]
+        expected = [
+            near(one.skip_probability, "skip_threshold")
+            or (one.action != "skip" and near(one.crop_probability, "crop_threshold"))
+            for one in (tile.decision for tile in outcome.decisions.tiles)
+        ]
         assert found["review"] == outcome.decisions.review == any(expected)
         assert [one["review"] for one in found["folds"][0]["decisions"]] == expected
     assert any(outcome.decisions.review for outcome in outcomes), "nothing is near"

@@ -191,6 +191,16 @@ def test_phases_divide_any_number_of_epochs(prepared, epochs, schedule):
         assert lengths == expected[schedule]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "lengths"), [("paper", [200, 100, 50]), ("published", [175, 175]), ("guided", [210, 70, 70])]
+)
+def test_phases_without_anything_to_learn_leave_their_epochs_to_the_others(prepared, schedule, lengths):
+    trainer = prepared(f"{NAME}QuantOnly_350epochs", schedule=schedule)
+    trainer.initialize()
+    indices = [trainer.phase_index(epoch) for epoch in range(350)]
+    assert [indices.count(index) for index in range(len(trainer.schedule))] == lengths
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_each_phase_changes_what_learns_in_it_and_nothing_else(prepared, schedule):
     trainer = prepared(f"{NAME}_70epochs_1iters", schedule=schedule)
