@@ -243,9 +243,10 @@ def crop_size(crop: int, patch: Sequence[int], divisor: Sequence[int]) -> Size:
     Raises:
         ValueError: the crop is larger than the slice on every axis, leaves nothing out, or the U-Net cannot take it.
     """
+    patch = tuple(map(int, patch))  # nnU-Net plans with numpy's numbers
     if all(crop > size for size in patch):
         raise ValueError(
-            f"med_danet: the crop of {crop} voxels is larger than the patch, {tuple(patch)}; expected a crop that is "
+            f"med_danet: the crop of {crop} voxels is larger than the patch, {patch}; expected a crop that is "
             "smaller on one axis at least. Set a smaller one in policy_space."
         )
     result = []
@@ -259,9 +260,9 @@ def crop_size(crop: int, patch: Sequence[int], divisor: Sequence[int]) -> Size:
                 "fewer stages."
             )
         result.append(crop if size > crop else smaller if fits else size)
-    if result == list(patch):
+    if tuple(result) == patch:
         raise ValueError(
-            f"med_danet: the crop of {crop} voxels leaves nothing of the patch {tuple(patch)} out; expected a smaller "
+            f"med_danet: the crop of {crop} voxels leaves nothing of the patch {patch} out; expected a smaller "
             "one. Set it in policy_space."
         )
     return tuple(result)
