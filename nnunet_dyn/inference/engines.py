@@ -126,20 +126,9 @@ class Engine(ABC):
 
     @property
     def decides(self) -> bool:
-        """Whether the network decides what it computes of a tile, so that ``decide`` and ``execute`` work."""
+        """Whether the network decides what it computes of a tile. Such an engine also has ``profile_paths``, ``decide``
+        and ``execute`` as :class:`nnunet_dyn.decisions.DecidingNetwork`, with tiles and logits as of ``infer``."""
         return False
-
-    def profile_paths(self, patch: tuple[int, ...]) -> dict[str, Decision]:
-        """As that of :class:`nnunet_dyn.decisions.DecidingNetwork`, like the next two."""
-        raise NotImplementedError
-
-    def decide(self, tiles: torch.Tensor) -> list[Decision]:
-        """``tiles`` as of ``infer``."""
-        raise NotImplementedError
-
-    def execute(self, tiles: torch.Tensor, decisions: Sequence[Decision]) -> tuple[torch.Tensor, list[Decision]]:
-        """``tiles`` and logits as of ``infer``."""
-        raise NotImplementedError
 
 
 class TorchEngine(Engine):
