@@ -6,7 +6,7 @@ import io
 import json
 import math
 import os
-import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -194,25 +194,35 @@ def test_a_failed_command_names_the_step_the_log_and_the_last_lines(tmp_path, mo
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups here")
-def test_a_request_to_terminate_ends_the_command_and_its_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "find_command", lambda name: sys.executable)
+def test_a_request_to_terminate_ends_the_command_and_its_workers(tmp_path):
     program = "import subprocess, sys; w = subprocess.Popen(['sleep', '60']); print(w.pid, flush=True); w.wait()"
-    runs = steps.Steps(1, tmp_path, os.environ, io.StringIO())
-    runs.begin("train")
-    worker = []
+    # In a process of its own: the signal is for the whole process, and this one runs the other tests.
+    demo = f"""
+import os, signal, sys
+from pathlib import Path
+from nnunet_dyn.demo import steps
 
-    def terminate(line):
-        worker.append(int(line))
-        os.kill(os.getpid(), signal.SIGTERM)
+def terminate(line):
+    print(line, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), steps.interruptible():
-        runs.command("nnUNetv2_train", ["-c", program], terminate)
-    assert signal.getsignal(signal.SIGTERM) == before
+steps.find_command = lambda name: sys.executable
+before = signal.getsignal(signal.SIGTERM)
+runs = steps.Steps(1, Path({str(tmp_path)!r}), os.environ, sys.stderr)
+runs.begin("train")
+try:
+    with steps.interruptible():
+        runs.command("nnUNetv2_train", ["-c", {program!r}], terminate)
+except KeyboardInterrupt:
+    sys.exit(0 if signal.getsignal(signal.SIGTERM) == before else 5)
+sys.exit(4)
+"""
+    ended = subprocess.run([sys.executable, "-c", demo], capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 0, ended.stderr
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and _running(worker[0]):
+    while time.monotonic() < deadline and _running(int(ended.stdout)):
         time.sleep(0.05)
-    assert not _running(worker[0])
+    assert not _running(int(ended.stdout))
 
 
 def test_a_failed_run_says_so_and_can_be_overwritten(tmp_path, monkeypatch):
