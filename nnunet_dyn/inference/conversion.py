@@ -58,7 +58,32 @@ def convert(network: nn.Module, engine: str, *shapes: Sequence[int]) -> openvino
 def _to_openvino(program: torch.export.ExportedProgram, inputs: Sequence[torch.Tensor]) -> openvino.Model:
     import openvino
 
+    program = program.run_decompositions({torch.ops.aten.instance_norm.default: _instance_norm})
     return openvino.convert_model(program, input=[list(x.shape) for x in inputs])
+
+
+def _instance_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    variance: torch.Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> torch.Tensor:
+    """Instance normalisation in the form that OpenVINO recognises and runs in one kernel with what follows it.
+
+    PyTorch's own decomposition is a batch normalisation, which it runs as five operations, some of them in int8.
+    """
+    if not use_input_stats:
+        return torch.nn.functional.batch_norm(x, mean, variance, weight, bias, eps=eps)
+    axes = list(range(2, x.dim()))
+    centred = x - x.mean(axes, keepdim=True)
+    normal = centred / torch.sqrt((centred * centred).mean(axes, keepdim=True) + eps)
+    affine = (1, -1) + (1,) * len(axes)
+    return normal if weight is None else normal * weight.reshape(affine) + bias.reshape(affine)
 
 
 def _to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:

@@ -180,6 +180,25 @@ def test_magic_in_3d_and_in_int8():
     assert 1e-4 < float((got - expected).square().mean() / expected.square().mean()) ** 0.5 < 0.2
 
 
+@pytest.mark.parametrize("affine", [False, True])
+def test_instance_normalisation_is_one_operation_of_openvino(affine):
+    need("openvino")
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm3d(4, affine=affine)
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    tracked = nn.InstanceNorm3d(4, track_running_stats=True)
+    nn.init.normal_(tracked.running_mean)
+    network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), norm, nn.LeakyReLU(), tracked, nn.Conv3d(4, 2, 1)).eval()
+    x = torch.randn(2, 1, 8, 8, 8)
+    converted = convert(network, "openvino", tuple(x.shape))
+    kinds = [op.get_type_name() for op in converted.get_ops()]
+    assert kinds.count("MVN") == 1 and "ReduceMean" not in kinds
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(runner(converted, 1)(x.numpy())), network(x), atol=1e-5, rtol=1e-5)
+
+
 def test_what_nncf_cannot_read_is_a_job_error():
     need("nncf")
     with pytest.raises(JobError, match="NNCF cannot quantise the network: AttributeError"):
