@@ -157,7 +157,8 @@ def write_deciding_model(folder: Path, tiles: torch.Tensor, **options) -> Path:
             head.weight *= 3 / logits.std()
             head.bias *= 3 / logits.std()
 
-    small = {"base_features": 4, "blocks": [1, 1, 1], "med_danet": {"policy_space": ["skip", 16, "whole"]}}
+    decides = {"policy_space": ["skip", 16, "whole"], "guidance": 0}
+    small = {"base_features": 4, "blocks": [1, 1, 1], "med_danet": decides}
     options = {"dimension": 2, "patch_size": tiles.shape[2:], "channels": tiles.shape[1]} | options
     trainer = "nnUNetTrainerMedDANetV2"
     return write_model(folder, trainer=trainer, template="meddanetv2", arch_kwargs=small, prepare=prepare, **options)

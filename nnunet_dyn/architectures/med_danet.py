@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from math import log, prod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from dynamic_network_architectures.initialization.weight_init import InitWeights
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
-from torchvision.models import shufflenet_v2_x0_5
+from torchvision.models import ShuffleNetV2
 
 from nnunet_dyn.accounting import count_operations, training_memory
 from nnunet_dyn.architectures.blocks import kept_maps, strided_size
@@ -112,10 +112,11 @@ class MedDANetOptions:
         quantise: the stages that have a selector, ``"all"`` or, as behind the paper's Table 3, ``"encoder"``.
         cost_weight: λ' of the cost, which is 1 for the whole slice in full precision, per summed class Dice. The
             paper's λ = 0.06 weighs 17 GFLOPs, so that 1.0 is its counterpart (Table 3b: 0.7 to 1.7).
-        guidance: weight of two terms that the paper does not have: the cross-entropy of skipping just the slices
-            without foreground, which is the predecessor's rule (Eq. 3), and the distance between a crop and the
-            nearest one centred on the foreground. With 0 policies tend to skip everything, since that is better than
-            an untrained segmentation, and gradients through sampling see no further than a voxel.
+        guidance: weight of terms that the paper does not have: the cross-entropy of skipping just the slices without
+            foreground, which is the predecessor's rule (Eq. 3), the distance between a crop and the nearest one centred
+            on the foreground, and for both networks the cross-entropy of coarse maps of the foreground. With 0 policies
+            tend to skip everything, since that is better than an untrained segmentation, and gradients through sampling
+            see no further than a voxel. One label a slice teaches little; the maps have hundreds.
         view_stride: by how much slices are averaged for the policy and the position network.
         schedule: the training phases, a key of :data:`SCHEDULES`.
 
@@ -312,10 +313,25 @@ def _paste(x: torch.Tensor, boxes: Sequence[Box], full: Size) -> torch.Tensor:
 # --- networks that decide ----------------------------------------------------------------------------------------
 
 
-def _shufflenet(input_channels: int, outputs: int) -> nn.Module:
-    network = shufflenet_v2_x0_5(num_classes=outputs)
-    network.conv1[0] = nn.Conv2d(input_channels, network.conv1[0].out_channels, 3, 2, 1, bias=False)
-    return network
+class DecidingNetwork(ShuffleNetV2):
+    """Torchvision's ShuffleNetV2 0.5×, which in training may also say where there is foreground (``guidance``).
+
+    Args:
+        guided: whether it has the 1×1 convolutions for that, at an eighth, a sixteenth and a thirty-second of the view.
+    """
+
+    def __init__(self, input_channels: int, outputs: int, guided: bool):
+        super().__init__([4, 8, 4], [24, 48, 96, 192, 1024], num_classes=outputs)
+        self.conv1[0] = nn.Conv2d(input_channels, self.conv1[0].out_channels, 3, 2, 1, bias=False)
+        self.where = nn.ModuleList(nn.Conv2d(channels, 1, 1) for channels in (48, 96, 1024) if guided)
+
+    def with_maps(self, view: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """``(B, C, H, W)`` → what :meth:`forward` returns, and logits ``(B, 1, H', W')`` of foreground in each cell."""
+        eighth = self.stage2(self.maxpool(self.conv1(view)))
+        sixteenth = self.stage3(eighth)
+        last = self.conv5(self.stage4(sixteenth))
+        maps = [where(x) for where, x in zip(self.where, (eighth, sixteenth, last), strict=False)]
+        return self.fc(last.mean((2, 3))), maps
 
 
 class BitSelector(nn.Module):
@@ -403,8 +419,9 @@ class MedDANetV2(nn.Module):
         decoder.seg_layers = nn.ModuleList([decoder.seg_layers[-1]])  # the others would never learn
         self.divisor: Size = tuple(prod(axis) for axis in zip(*encoder.strides, strict=True))
         space = self.options.policy_space
-        self.policy = _shufflenet(input_channels, len(space)) if len(space) > 1 else None
-        self.position = _shufflenet(input_channels, 2) if self.options.crops else None
+        guided = self.options.guidance > 0
+        self.policy = DecidingNetwork(input_channels, len(space), guided) if len(space) > 1 else None
+        self.position = DecidingNetwork(input_channels, 2, guided) if self.options.crops else None
         self.crop_tail = _Tail(decoder) if self.options.crops else None
         self.n_encoder_stages, self.n_stages = len(encoder.stages), len(encoder.stages) + len(decoder.stages)
         self.selectors = nn.ModuleList()
@@ -515,6 +532,8 @@ class MedDANetV2(nn.Module):
 
         - ``logits``: a list of ``(B, num_classes, H, W)``;
         - ``scores``: the policy's logits, ``(B, choices)``, if there is a policy network;
+        - ``policy_maps``, ``position_maps``: under guidance, where these networks see foreground
+          (:meth:`DecidingNetwork.with_maps`);
         - ``choice``: ``(B, choices)``, one-hot, by straight-through Gumbel-softmax while the policy learns;
         - ``corners``: of each crop size, ``(B, 2)``;
         - ``cost``: of what was chosen, relative to the whole slice in full precision, ``(B,)``.
@@ -646,7 +665,7 @@ class MedDANetV2(nn.Module):
         return torch.sigmoid(self._precisely(self.position, view))
 
     @staticmethod
-    def _precisely(network: nn.Module, view: torch.Tensor) -> torch.Tensor:
+    def _precisely(network: Callable[[torch.Tensor], Any], view: torch.Tensor) -> Any:
         """Run what decides in single precision: half of it moves scores by more than a threshold's margin."""
         with torch.autocast(view.device.type, enabled=False):
             return network(view)
@@ -724,14 +743,16 @@ class MedDANetV2(nn.Module):
         view = self._view(x)
         choice, outputs = x.new_ones(len(x), 1), {}
         if self.policy is not None:
-            scores = outputs["scores"] = self.score(view)
+            scores, outputs["policy_maps"] = self._precisely(self.policy.with_maps, view)
+            outputs["scores"] = scores
             if "policy" in self.phase.learns:
                 choice = straight_through(F.gumbel_softmax(scores))
             else:
                 choice = F.one_hot(scores.argmax(1), len(space)).to(scores.dtype)
         place = None
         if self.position is not None and centres is None:
-            place = self.place(view)
+            logits, outputs["position_maps"] = self._precisely(self.position.with_maps, view)
+            place = torch.sigmoid(logits)
         if not self.phase.segments:
             corners = [place * self._room(crop_size(crop, patch, self.divisor), x) for crop in self.options.crops]
             return outputs | {"corners": corners}

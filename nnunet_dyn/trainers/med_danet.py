@@ -39,6 +39,9 @@ ABLATIONS = {
 #: Logged once an epoch, from validation. ``gmacs`` are 10⁹ multiply-accumulates a slice, each times its bits / 32.
 COSTS = ("skipped", "cropped", "whole", "gmacs", "bits")
 
+#: Of cells with foreground in the coarse maps, relative to those without.
+FOREGROUND_WEIGHT = 3.0
+
 #: Which parameters get a gradient depends on the slices of each process; validation runs a different number of them.
 DISTRIBUTED = {"find_unused_parameters": True, "broadcast_buffers": False}
 
@@ -231,6 +234,9 @@ class MedDANetTrainer(CalibratedTrainer):
         total = self._segmentation_loss(outputs, target) if phase.segments else 0
         if network.policy is not None and "policy" in phase.learns and "skip" in options.policy_space:
             total = total + options.guidance * self.skip_loss(outputs["scores"], target)
+        for part in ("policy", "position"):
+            if part in phase.learns and outputs.get(f"{part}_maps"):
+                total = total + options.guidance * self.map_loss(outputs[f"{part}_maps"], target)
         if network.position is not None and "position" in phase.learns:
             total = total + options.guidance * self.position_loss(outputs["corners"], target)
         return total
@@ -270,16 +276,37 @@ class MedDANetTrainer(CalibratedTrainer):
                 centres[index] = voxels[torch.randint(len(voxels), ())] + 0.5
         return centres.to(target.device)
 
+    def ignored(self, target: torch.Tensor) -> torch.Tensor:
+        """``target: (B, 1 or regions, H, W)`` → ``(B, H, W)``, true where nothing is known."""
+        ignore = self.label_manager.ignore_label
+        if ignore is None:
+            return torch.zeros_like(target[:, 0], dtype=torch.bool)
+        return target[:, -1].bool() if self.label_manager.has_regions else target[:, 0] == ignore
+
+    def map_loss(self, maps: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of coarse maps, ``(B, 1, H', W')``, a cell of which is whether there is any foreground in it.
+
+        Cells that have no foreground but ignored voxels tell nothing.
+        """
+        foreground, ignored = self.foreground(target)[:, None].float(), self.ignored(target)[:, None].float()
+        total = 0
+        for logits in maps:
+            has_any, is_ignored = (F.adaptive_max_pool2d(voxels, logits.shape[2:]) for voxels in (foreground, ignored))
+            # Foreground fills few cells, and to miss it is what costs.
+            losses = F.binary_cross_entropy_with_logits(
+                logits.float(), has_any, reduction="none", pos_weight=logits.new_tensor(FOREGROUND_WEIGHT).float()
+            )
+            known = torch.maximum(has_any, 1 - is_ignored)
+            total = total + (losses * known).sum() / known.sum().clamp(min=1)
+        return total / len(maps)
+
     def skip_loss(self, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of skipping the slices without foreground (Eq. 3) and no others.
 
         Slices that have no foreground but ignored voxels tell nothing.
         """
-        has_any, ignore = self.foreground(target).flatten(1).any(1), self.label_manager.ignore_label
-        known = torch.ones_like(has_any)
-        if ignore is not None:
-            ignored = target[:, -1].bool() if self.label_manager.has_regions else target[:, 0] == ignore
-            known = has_any | ~ignored.flatten(1).any(1)
+        has_any = self.foreground(target).flatten(1).any(1)
+        known = has_any | ~self.ignored(target).flatten(1).any(1)
         skip = self.module.options.policy_space.index("skip")
         others = [index for index in range(scores.shape[1]) if index != skip]
         two = torch.stack([scores[:, others].logsumexp(1), scores[:, skip]], 1)

@@ -185,7 +185,8 @@ def test_a_batch_is_its_slices_one_by_one():
     together, done = network.execute(x, decisions)
     one_by_one = [network.execute(x[i : i + 1], [decisions[i]]) for i in range(6)]
     # A convolution may sum in another order in another batch, which moves a value to the next level now and then.
-    assert torch.allclose(together, torch.cat([logits for logits, _ in one_by_one]), atol=0.02)
+    apart = together - torch.cat([logits for logits, _ in one_by_one])
+    assert apart.square().mean() < 1e-5 * together.var() and (apart.abs() > 1e-4).float().mean() < 0.05
     assert done == [decision for _, (decision,) in one_by_one]
     assert done[1].bits == decisions[1].bits and set(done[4].bits) <= {8, 16} and len(done[5].bits) == 5
     precise = [replace(d, bits=None if d.bits is None else (32,) * len(d.bits)) for d in done]
@@ -460,7 +461,8 @@ def test_transbts_costs_what_table_3e_says_relative_to_the_unet():
 def terms(outputs):
     logits = torch.stack(outputs["logits"], 1)
     mixed = (logits * outputs["choice"][..., None, None, None]).sum(1)
-    return logits.square().mean() + mixed.square().mean() + outputs["cost"].mean()
+    maps = [logits.square().mean() for part in ("policy", "position") for logits in outputs[f"{part}_maps"]]
+    return logits.square().mean() + mixed.square().mean() + outputs["cost"].mean() + sum(maps)
 
 
 @pytest.mark.parametrize("learns", [PARTS, ("segmentation", "policy"), ("policy",), ("position", "selectors")])
@@ -561,7 +563,7 @@ def test_the_cost_reaches_the_policy_and_the_selectors_only():
 
 
 def test_gradients_reach_the_position_network_through_the_crop_and_its_restoration():
-    network = build().train()
+    network = build(guidance=0).train()
     network.enter(replace(EVERYTHING, learns=frozenset({"position"})))
     network(torch.randn(4, 2, *PATCH))["logits"][1].square().mean().backward()
     assert all(p.grad is not None for p in network.position.parameters())

@@ -322,6 +322,22 @@ def test_guidance_of_the_policy_by_hand(prepared):
     assert trainer.skip_loss(scores, target).item() == pytest.approx(-np.log([0.5, 0.8]).mean(), abs=1e-5)
 
 
+def test_guidance_of_the_maps_by_hand(prepared):
+    """A cell with any foreground counts thrice, one that is ignored in part and has none not at all."""
+    target = torch.zeros(1, 1, 32, 32)
+    target[0, 0, 3, 20] = 1
+    maps = [torch.log(torch.tensor([[[[0.25, 4.0], [1.0, 1.0]]]])), torch.zeros(1, 1, 1, 1)]
+    losses = -np.log([0.8, 0.8, 0.5, 0.5]) * (1, 3, 1, 1)
+    trainer = start(prepared())
+    expected = (losses.mean() - 3 * np.log(0.5)) / 2
+    assert trainer.map_loss(maps, target).item() == pytest.approx(expected, abs=1e-5)
+    target[0, 0, 20, :] = 2
+    trainer = prepared(kind="ignore")
+    trainer.initialize()
+    expected = (losses[:2].mean() - 3 * np.log(0.5)) / 2
+    assert trainer.map_loss(maps, target).item() == pytest.approx(expected, abs=1e-5)
+
+
 def test_resuming_in_a_phase_continues_it_exactly(prepared, tmp_path):
     name = f"{NAME}_70epochs_1iters"
     trainer = start(prepared(name), 42)
