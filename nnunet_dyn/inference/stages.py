@@ -183,7 +183,7 @@ class _Compiled(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         request = self._requests[tuple(x.shape[2:]), precision_of(current_width())]
-        return torch.cat([torch.from_numpy(run(request, row).copy()) for row in x.split(1)])
+        return torch.cat([torch.from_numpy(run(request, row)[0].copy()) for row in x.split(1)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Compiled:
         return self  # a compiled model has nothing to change
