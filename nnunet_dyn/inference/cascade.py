@@ -1,6 +1,7 @@
 """The ROI cascade in OpenVINO or ONNX Runtime: the layers of its detectors, and the networks of its segmentors.
 
-What decides stays in torch, with its costs: boxes, crops, and what is background. A detector's layers get whole tiles.
+What decides stays in torch, with its costs: boxes, crops, and what is background. A detector's layers get whole tiles, in
+fp32 whatever the segmentor computes in: score and margin were calibrated so, and once a case they take no time that counts.
 A segmentor's network gets crops of many sizes, so its models take any multiple of its strides; one that skips stages
 has a model for each set of them, and each cube of ``paper`` mode has one.
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,19 +82,10 @@ def crops_of(
     return made
 
 
-def write_detector(
-    network: DetectorNetwork,
-    patches: Collection[np.ndarray],
-    engine: str,
-    shape: Size,
-    folder: Path,
-    name: str,
-    threads: int | None = None,
-) -> str:
+def write_detector(network: DetectorNetwork, engine: str, shape: Size, folder: Path, name: str) -> str:
     """Write the layers of ``network`` and what else it has learnt; the name of the file that lists them.
 
     Args:
-        patches: (1, C, *patch), to take the ranges of int8 from; empty for another precision.
         shape: (1, C, *patch).
         name: of the fold, which the files start with.
 
@@ -105,8 +97,6 @@ def write_detector(
     with torch.inference_mode(False), torch.no_grad():
         layers.names = list(network.raw(torch.zeros(shape)))
     model = convert(layers, engine, shape)
-    if patches:
-        model = quantise(model, patches, keep_last=len(layers.names), threads=threads)
     file = f"{name}{ENDINGS[engine]}"
     save(model, folder / file)
     return _write(network, folder, name, {"parts": [{"variant": [], "file": file}], "outputs": layers.names})

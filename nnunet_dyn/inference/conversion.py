@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from nnunet_dyn.errors import JobError, UsageError
-from nnunet_dyn.inference.engines import Engine, TorchEngine, available_cores, check_installed
+from nnunet_dyn.inference.engines import Engine, TorchEngine, available_cores, check_installed, send_no_usage_data
 from nnunet_dyn.inference.model_folder import Model
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ def quantise(
     Raises:
         JobError: NNCF cannot do it.
     """
+    send_no_usage_data()
     try:
         import nncf
 
@@ -256,7 +257,7 @@ def converted_engine(model: Model, engine: str, precision: str, threads: int | N
     if hasattr(model.network, "decide"):
         raise UsageError(
             f"Got a network that decides what it computes for engine {engine}; expected engine torch. Med-DANet V2 "
-            "can be exported: nnunet_dyn export --engine openvino --precision int8."
+            "and the ROI cascade can be exported: nnunet_dyn export --engine openvino --precision int8."
         )
     weights = TorchEngine(model.network, model.parameters, torch.device("cpu"), "fp32")
     converted = []

@@ -200,7 +200,14 @@ def _put(temporary: Path, output: Path) -> None:
 
 
 def _check_decides(network: nn.Module, options: ExportOptions) -> None:
-    if not isinstance(network, DecidingNetwork) or isinstance(network, (DetectorNetwork, ROISegmentor)):
+    if not isinstance(network, DecidingNetwork) or isinstance(network, ROISegmentor):
+        return
+    if isinstance(network, DetectorNetwork):
+        if options.precision != "fp32":
+            raise UsageError(
+                f"Got {options.precision} for a detector; expected fp32, in which its score and margin were calibrated "
+                "and which takes no time that counts. Export the segmentor, with its detector, in any precision."
+            )
         return
     from nnunet_dyn.architectures.med_danet import MedDANetV2
 
@@ -251,12 +258,12 @@ def _write_deciding(
                 network, crops, options.engine, options.precision, shape, folder, name, options.threads
             )
         return written, len(crops) if is_int8 else 0
-    patches: Patches | tuple = Patches(cases, tuple(names), _PATCHES * len(names)) if is_int8 else ()
     if isinstance(network, DetectorNetwork):
-        return write_detector(network, patches, options.engine, shape, folder, name, options.threads), len(patches)
+        return write_detector(network, options.engine, shape, folder, name), 0
+    patches = Patches(cases, tuple(names), _PATCHES * len(names))
     from nnunet_dyn.inference.stages import write_stages
 
-    return write_stages(network, patches, folder, name), len(patches)
+    return write_stages(network, patches, folder, name, options.threads), len(patches)
 
 
 class _Agreement:
@@ -475,7 +482,8 @@ def _write(
 ) -> Manifest:
     accuracy, calibration, models, first_stage = [], {}, [], None
     if first is not None:
-        inner, lenient = folder / FIRST_STAGE, replace(options, force=True)  # what counts is Dice behind both stages
+        # Never refused: what counts is Dice behind both stages.
+        inner, lenient = folder / FIRST_STAGE, replace(options, precision="fp32", force=True)
         inner.mkdir()
         _write(first.model, first.cases, first.folds, checkpoint, lenient, inner, lambda s: report(f"detector: {s}"))
         first_stage = sha256(inner / MANIFEST)

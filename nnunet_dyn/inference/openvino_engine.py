@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_dyn.errors import JobError
-from nnunet_dyn.inference.engines import Engine, available_cores
+from nnunet_dyn.inference.engines import Engine, available_cores, send_no_usage_data
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,6 +77,7 @@ def compiled(
     Raises:
         JobError: a file that cannot be read, or a model that OpenVINO cannot run.
     """
+    send_no_usage_data()
     import openvino
 
     config = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY"} | of_threads(threads)

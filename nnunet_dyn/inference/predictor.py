@@ -203,7 +203,7 @@ class Predictor(nnUNetPredictor):
                 predictor.folds if has_all else there,
                 checkpoint,
                 engine=engine,
-                precision=precision,
+                precision=precision if exported is None else None,  # it has its own
                 device=device,
                 threads=threads,
                 tile_step_size=tile_step_size,
