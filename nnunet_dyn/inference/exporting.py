@@ -112,6 +112,7 @@ def export_model(
     cases, first = _cases(model, folder, options), None
     if isinstance(model.network, ROISegmentor):
         first = _FirstStage.of(model, folder, names, checkpoint, options)
+        cases = None if first.cases is None else cases  # without boxes there is nothing to check
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.mkdtemp(dir=output.parent, prefix=f".partial-{output.name}-")
@@ -491,11 +492,9 @@ def _write(
         original = TorchEngine(model.network, [parameters], torch.device("cpu"), "fp32", options.threads)
         original.load(0)
         with tempfile.TemporaryDirectory() as scratch:
-            of_exported = None
-            if first is not None and cases is not None and first.cases is not None:
+            cases_of_fold, of_exported = cases, None
+            if first is not None and cases is not None:
                 cases_of_fold, of_exported = _hand_on(first, cases, fold, options, folder, Path(scratch), report)
-            else:
-                cases_of_fold = cases
             check = None
             if cases is not None:
                 check = _Check(model, original, cases_of_fold, fold, options, report, of_exported)

@@ -9,6 +9,7 @@ import models
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from cascades import CUBE, ROI_NAMES, bright_cubes, write_cascade, write_preprocessed
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from plans import arch_kwargs
@@ -153,11 +154,11 @@ def test_boxes_may_still_come_from_files(exported):
         predictor.predict(bright_cubes(), (1, 1, 1))
 
 
-def test_int8(segmentors, exported, tmp_path, monkeypatch):
-    """Weights are those of an untrained network, which int8 and bf16 do not leave much of: close is enough."""
+@pytest.fixture
+def converted(exported, monkeypatch):
+    """Whatever is converted becomes what was converted before, of fold 0: that takes less time."""
 
     def convert(network, engine, shape, multiples=None):
-        """From what was converted before, which takes less time."""
         if isinstance(network, cascade._Raw):
             return openvino.Core().read_model(exported["stages"] / "first_stage" / "fold_0.xml")
         parts = json.loads((exported["stages"] / "fold_0.json").read_text())["parts"]
@@ -167,6 +168,35 @@ def test_int8(segmentors, exported, tmp_path, monkeypatch):
     import openvino
 
     monkeypatch.setattr(cascade, "convert", convert)
+
+
+def test_two_folds_each_behind_its_own_detector(segmentors, converted, tmp_path, capsys):
+    """Where one is missing, behind all that there are. What the others have lost is found by the check."""
+    segmentor, data = segmentors["stages"]
+    results, preprocessed = (shutil.copytree(each, tmp_path / each.name) for each in (segmentor.parent, data))
+    segmentor, detector = results / ROI_NAMES[1], results / ROI_NAMES[0]
+    shutil.copytree(segmentor / "fold_0", segmentor / "fold_1")
+    path = segmentor / "fold_1" / "checkpoint_final.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint["network_weights"]["network.decoder.seg_layers.1.bias"][1] += 9
+    torch.save(checkpoint, path)
+    (splits,) = preprocessed.glob("*/splits_final.json")
+    splits.write_text(json.dumps([*json.loads(splits.read_text()), {"train": ["case_2"], "val": ["case_0"]}]))
+    for there in ([0], [0, 1]):
+        folder = tmp_path / f"exported_{len(there)}"
+        assert export(segmentor, preprocessed, folder, "openvino", "fp32", "--force", "-f", 0, 1) == 0
+        manifest, inner = (
+            json.loads((each / "manifest.json").read_text()) for each in (folder, folder / "first_stage")
+        )
+        assert manifest["folds"] == [0, 1] and inner["folds"] == there
+        kept, lost = (found["same_voxels"] for found in manifest["accuracy"])
+        assert kept > 0.9999 and lost < 0.999
+        assert Predictor.from_folder(folder, (1,), threads=1).first_stage.folds == ((1,) if len(there) == 2 else (0,))
+        shutil.copytree(detector / "fold_0", detector / "fold_1", dirs_exist_ok=True)
+
+
+def test_int8(segmentors, converted, tmp_path):
+    """Weights are those of an untrained network, which int8 and bf16 do not leave much of: close is enough."""
     folder = tmp_path / "exported"
     assert export(*segmentors["stages"], folder, "openvino", "int8", "--max-dice-drop", 1) == 0
     outer, inner = (json.loads((each / "manifest.json").read_text()) for each in (folder, folder / "first_stage"))
