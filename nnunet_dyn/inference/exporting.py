@@ -22,6 +22,7 @@ from torch import nn
 
 from nnunet_dyn import __version__
 from nnunet_dyn.architectures.roi import DetectorNetwork
+from nnunet_dyn.architectures.roi_detectors import LowResDetector
 from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
 from nnunet_dyn.decisions import DecidingNetwork
 from nnunet_dyn.errors import JobError, NotFiniteError, UsageError
@@ -166,6 +167,7 @@ class _FirstStage:
         has_all = all((beside / f"fold_{fold}" / checkpoint).is_file() for fold in folds)
         chosen = folds if has_all else there
         first = load_model(beside, chosen, checkpoint)
+        _check_detector(first.network)
         return cls(first, chosen, _cases(first, beside, options))
 
     def which(self, fold: int | str) -> list[int | str]:
@@ -200,10 +202,20 @@ def _put(temporary: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _check_detector(network: nn.Module) -> None:
+    """Refuse others than the default detector: on the tri-plane detector OpenVINO 2026.4 crashes the process."""
+    if not isinstance(network, LowResDetector):
+        raise UsageError(
+            f"Got a {type(network).__name__} as detector; expected LowResDetector, the default of the cascade, which "
+            "is the only one that can be exported. Predict with --engine torch."
+        )
+
+
 def _check_decides(network: nn.Module, options: ExportOptions) -> None:
     if not isinstance(network, DecidingNetwork) or isinstance(network, ROISegmentor):
         return
     if isinstance(network, DetectorNetwork):
+        _check_detector(network)
         if options.precision != "fp32":
             raise UsageError(
                 f"Got {options.precision} for a detector; expected fp32, in which its score and margin were calibrated "

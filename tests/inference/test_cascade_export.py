@@ -16,9 +16,11 @@ from plans import arch_kwargs
 
 from nnunet_dyn import cli, plans_templates
 from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
+from nnunet_dyn.architectures.triplane import TriPlaneDetector
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.inference import Predictor, cascade
 from nnunet_dyn.inference.exported import sha256
+from nnunet_dyn.inference.exporting import _check_detector
 from nnunet_dyn.inference.predictor import NOTHING_FOUND
 
 for package in ("openvino", "onnxruntime", "nncf"):
@@ -259,6 +261,11 @@ def test_a_segmentor_without_its_detector(segmentors, tmp_path, capsys):
     assert export(alone, data, tmp_path / "exported", "openvino", "fp32") == 2
     shown = capsys.readouterr().err
     assert f"expected its detector in {tmp_path / ROI_NAMES[0]}" in shown and shown.count("\n") == 1
+
+
+def test_the_tri_plane_detector_is_refused():
+    with pytest.raises(UsageError, match="Got a TriPlaneDetector as detector; expected LowResDetector"):
+        _check_detector(TriPlaneDetector.__new__(TriPlaneDetector))
 
 
 def test_crops_of_every_size_have_a_variant():
