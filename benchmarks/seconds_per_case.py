@@ -2,11 +2,14 @@
 
 Seconds per case are (time for n cases - time for 1) / (n - 1), so that start-up does not hide the work; it is reported
 beside them; the time for one case is the median of ``--repeats`` runs. Each command gets ``-i`` and ``-o``. Ratios are
-to the first one. The rows are run in turn, for one case and then for all. Example:
+to the first one. The rows are run in turn, for one case and then for all. Any command will do, also
+``nnUNetv2_predict`` with ``nnUNet_results`` set, and ``nnunet_dyn predict`` of a model folder or of an exported one.
+Example:
 
     python benchmarks/seconds_per_case.py imagesTs \\
-        --row stock "nnUNetv2_predict_from_modelfolder -m STOCK -f 0 -device cpu" \\
-        --row dynamic "nnunet_dyn predict -m DYNAMIC -f 0 -device cpu" --output seconds.json
+        --row stock "nnUNetv2_predict -d 521 -c 3d_fullres -f 0 -device cpu" \\
+        --row "ROI cascade, torch" "nnunet_dyn predict -m CASCADE -f 0 -device cpu" \\
+        --row "ROI cascade, int8" "nnunet_dyn predict -m EXPORTED" --output seconds.json
 """
 
 import argparse
@@ -30,6 +33,8 @@ def main() -> None:
     parser.add_argument("--ending", default=".nii.gz")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if len({name for name, _ in args.row}) < len(args.row):
+        parser.error("two rows have the same name")
     cases: dict[str, list[Path]] = {}
     for image in sorted(args.images.glob(f"*{args.ending}")):
         cases.setdefault(image.name.removesuffix(args.ending)[: -len("_0000")], []).append(image)
@@ -44,10 +49,10 @@ def main() -> None:
             for case in names[:count]:
                 for image in cases[case]:
                     os.symlink(image.absolute(), folder / f"images_{count}" / image.name)
-            for row, command in args.row:
+            for number, (row, command) in enumerate(args.row):
                 runs = []
                 for repeat in range(args.repeats if count == 1 else 1):
-                    flags = ["-i", folder / f"images_{count}", "-o", folder / f"{row}_{count}_{repeat}"]
+                    flags = ["-i", folder / f"images_{count}", "-o", folder / f"out_{number}_{count}_{repeat}"]
                     runs.append(measure([*shlex.split(command), *flags]))
                 measured[row][count] = tuple(statistics.median(values) for values in zip(*runs, strict=True))
                 print(row, count, [round(value, 2) for value in measured[row][count][:2]], flush=True)

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(manifest.to_json(), indent=1))
         return 0
-    size = sum(path.stat().st_size for path in args.o.iterdir())
+    size = sum(path.stat().st_size for path in args.o.rglob("*") if path.is_file())
     folds = len(manifest.folds)
     print(f"{args.o}: {folds} fold{'s' * (folds != 1)}, {args.engine} {args.precision}, {size / 1e6:.1f} MB")
     for found in manifest.accuracy:

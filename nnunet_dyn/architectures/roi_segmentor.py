@@ -329,11 +329,11 @@ class ROISegmentor(nn.Module):
 
     def _decision(self, boxes: Sequence[Box], targets: Sequence[Box]) -> ROIDecision:
         active = getattr(self.network, "active_stages", None)
-        stages = tuple(active(self._run_size(box)) for box in boxes) if active else ()
+        stages = tuple(active(self.run_size(box)) for box in boxes) if active else ()
         return ROIDecision(tuple(boxes), tuple(targets), stages)
 
     def _counted(self, decision: ROIDecision) -> ROIDecision:
-        return replace(decision, cost=float(sum(self.count(self._run_size(box)) for box in decision.boxes)))
+        return replace(decision, cost=float(sum(self.count(self.run_size(box)) for box in decision.boxes)))
 
     def _merge(self, targets: list[Box], patch: Size) -> list[Box]:
         """Targets whose crops together would not be clearly smaller than a joint one are one."""
@@ -372,7 +372,7 @@ class ROISegmentor(nn.Module):
             return divisor(size)
         return self.divisor, tuple(_DEEPEST * step for step in self.divisor)
 
-    def _run_size(self, box: Box) -> Size:
+    def run_size(self, box: Box) -> Size:
         """Voxels of the network's input for a crop."""
         size = _sizes(box)
         if self.mode == "own":
@@ -408,11 +408,11 @@ class ROISegmentor(nn.Module):
         groups: dict[Size, list[tuple[int, int]]] = {}
         for tile, decision in enumerate(decisions):
             for index, box in enumerate(decision.boxes):
-                groups.setdefault(self._run_size(box), []).append((tile, index))
+                groups.setdefault(self.run_size(box), []).append((tile, index))
         pieces: dict[tuple[int, int], list[torch.Tensor]] = {}
-        for size, members in groups.items():
-            crops = [image[(tile, slice(None), *_slices(decisions[tile].boxes[i]))] for tile, i in members]
-            logits = self.network(torch.stack([_resize(crop[None], size)[0] for crop in crops]))
+        for members in groups.values():
+            crops = [self.cut(image[tile], decisions[tile].boxes[index]) for tile, index in members]
+            logits = self.segment_crops(torch.stack(crops))
             logits = logits if isinstance(logits, (list, tuple)) else [logits]
             if self.mode == "paper":  # one resolution, that of the cube, whatever the output's
                 logits = logits[:1] * len(self.scales)
@@ -429,6 +429,33 @@ class ROISegmentor(nn.Module):
         if not pieces and torch.is_grad_enabled() and self.training:
             outputs[0] = outputs[0] + 0 * sum(parameter.sum() for parameter in self.decoder.seg_layers.parameters())
         return outputs if self.decoder.deep_supervision else outputs[0]
+
+    def cut(self, image: torch.Tensor, box: Box) -> torch.Tensor:
+        """The network's input, ``(image_channels, *size)``, for a crop of a tile's ``image: (C, *patch)``."""
+        return _resize(image[(slice(self.image_channels), *_slices(box))][None], self.run_size(box))[0]
+
+    def segment_crops(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """What the network says of crops of one size, ``(B, image_channels, *size)``; an engine puts itself here."""
+        return self.network(x)
+
+    def variant(self, size: Size) -> tuple[int, ...]:
+        """What the network's operators depend on, of an input of ``size``: the active stages of a network that skips
+        some, in ``paper`` mode the cube, or else nothing."""
+        if self.mode == "paper":
+            return tuple(size)
+        active = getattr(self.network, "active_stages", None)
+        return active(size) if active else ()
+
+    def variants(self, patch: Size) -> dict[tuple[int, ...], tuple[Size, Size | None]]:
+        """Of each :meth:`variant` that crops of tiles of ``patch`` voxels can be: one size, and the sides that all of
+        its sizes are multiples of, ``None`` if there is no other."""
+        if self.mode == "paper":
+            cubes, smallest = self.paper_cubes
+            sizes = [(2**cube * smallest,) * self.dimension for cube in range(cubes)]
+            return {self.variant(size): (size, None) for size in sizes}
+        cubes = getattr(self.network, "cubes", [])
+        sizes = [tuple(patch), *(tuple(map(min, cube, patch)) for cube in cubes)]
+        return {self.variant(size): (size, self._divisor(size)[0]) for size in sizes}
 
     def count(self, size: Size) -> int:
         """Multiply-accumulates of one input of ``size`` voxels, without deep supervision."""
@@ -614,16 +641,16 @@ class StageSkippingUNet(nn.Module):
         steps = np.array(hierarchy.strides)
         self._scales = [tuple(row) for row in steps.cumprod(0).tolist()][:-1]
         #: The largest input that enters each stage, and whether an earlier stage would make an axis of it smaller.
-        self._cubes: list[Size] = []
+        self.cubes: list[Size] = []
         self._can_shrink: list[tuple[bool, ...]] = []
         for k in range(1, hierarchy.entries + 1):
-            self._cubes.append(tuple((hierarchy.smallest * steps[k : hierarchy.entries].prod(0)).tolist()))
+            self.cubes.append(tuple((hierarchy.smallest * steps[k : hierarchy.entries].prod(0)).tolist()))
             self._can_shrink.append(tuple((steps[1:k].prod(0) > 1).tolist()))
 
     def active_stages(self, size: Sequence[int]) -> tuple[int, ...]:
         """The stages that an input of ``size`` voxels runs through, r and all behind it, counted from 1."""
         first = 1
-        for k, (cube, can_shrink) in enumerate(zip(self._cubes, self._can_shrink, strict=True), 1):
+        for k, (cube, can_shrink) in enumerate(zip(self.cubes, self._can_shrink, strict=True), 1):
             if all(side <= most or not can for side, most, can in zip(size, cube, can_shrink, strict=True)):
                 first = k
         return tuple(range(first, len(self.hierarchy.blocks) + 1))
@@ -637,9 +664,7 @@ class StageSkippingUNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """``(B, C, *size)`` → logits ``(B, num_classes, *size)``; under deep supervision of each resolution."""
         size = x.shape[2:]
-        first = self.active_stages(size)[0]
-        stem, features = self.encoder(to_fast_layout(x), first)
-        outputs = self.decoder(stem, features, first)
+        outputs = self.enter(x, self.active_stages(size)[0])
         if self.mode == "paper" or not self.decoder.deep_supervision:
             return outputs[0]
         outputs += outputs[-1:] * (len(self._scales) - len(outputs))
@@ -647,6 +672,11 @@ class StageSkippingUNet(nn.Module):
             _resize(output, [-(-side // step) for side, step in zip(size, scale, strict=True)])
             for output, scale in zip(outputs, self._scales, strict=True)
         ]
+
+    def enter(self, x: torch.Tensor, first: int) -> list[torch.Tensor]:
+        """The logits of ``x: (B, C, *size)`` by stage ``first`` and those behind it, the largest first."""
+        stem, features = self.encoder(to_fast_layout(x), first)
+        return self.decoder(stem, features, first)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> np.int64:
         """Memory of one training sample, in nnU-Net's unit (``blocks.kept_maps``): half of the elements kept."""

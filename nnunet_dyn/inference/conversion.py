@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Collection, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import nn
 
 from nnunet_dyn.errors import JobError, UsageError
-from nnunet_dyn.inference.engines import Engine, TorchEngine, available_cores, check_installed
+from nnunet_dyn.inference.engines import Engine, TorchEngine, available_cores, check_installed, send_no_usage_data
 from nnunet_dyn.inference.model_folder import Model
 
 if TYPE_CHECKING:
@@ -29,7 +31,9 @@ OPSET = 18
 ENDINGS = {"openvino": ".xml", "onnxruntime": ".onnx"}
 
 
-def convert(network: nn.Module, engine: str, *shapes: Sequence[int]) -> openvino.Model | onnx.ModelProto:
+def convert(
+    network: nn.Module, engine: str, *shapes: Sequence[int], multiples: Sequence[int] | None = None
+) -> openvino.Model | onnx.ModelProto:
     """``network`` in evaluation mode for inputs of just these shapes; the batch is a part of them.
 
     Its convolutions are plain ones there: an exporter is a compiler to :mod:`nnunet_dyn.architectures.fast_convs`.
@@ -37,17 +41,24 @@ def convert(network: nn.Module, engine: str, *shapes: Sequence[int]) -> openvino
     Args:
         engine: ``openvino`` or ``onnxruntime``.
         shapes: of each argument.
+        multiples: per spatial axis of the only argument. Its sides may be any multiples of these, from twice as many
+            voxels on; ``shapes`` has one of them.
 
     Raises:
         JobError: it cannot be exported.
     """
     inputs = tuple(torch.zeros(*shape) for shape in shapes)
+    sides = None
+    if multiples is not None:
+        names = [torch.export.Dim(f"side_{axis}", min=2) for axis in range(len(multiples))]
+        sides = [step * name if step > 1 else name for step, name in zip(multiples, names, strict=True)]
+        sides = (dict(enumerate(sides, 2)),)
     try:
         # Not inference mode, whose tensors cannot be exported. Without gradients, stored statistics are folded into
         # the weights.
         with torch.inference_mode(False), torch.no_grad(), _quiet():
-            program = torch.export.export(network.eval(), inputs)
-            return _to_openvino(program, inputs) if engine == "openvino" else _to_onnx(program)
+            program = torch.export.export(network.eval(), inputs, dynamic_shapes=sides)
+            return _to_openvino(program, inputs, sides is not None) if engine == "openvino" else _to_onnx(program)
     except Exception as error:  # each exporter has many of its own
         raise JobError(
             f"The network cannot be converted for engine {engine}: {type(error).__name__}: "
@@ -55,11 +66,14 @@ def convert(network: nn.Module, engine: str, *shapes: Sequence[int]) -> openvino
         ) from error
 
 
-def _to_openvino(program: torch.export.ExportedProgram, inputs: Sequence[torch.Tensor]) -> openvino.Model:
+def _to_openvino(
+    program: torch.export.ExportedProgram, inputs: Sequence[torch.Tensor], any_sides: bool
+) -> openvino.Model:
     import openvino
 
     program = program.run_decompositions({torch.ops.aten.instance_norm.default: _instance_norm})
-    return openvino.convert_model(program, input=[list(x.shape) for x in inputs])
+    shapes = [[*x.shape[:2], *[-1] * (x.ndim - 2)] if any_sides else list(x.shape) for x in inputs]
+    return openvino.convert_model(program, input=[openvino.PartialShape(shape) for shape in shapes])
 
 
 def _instance_norm(
@@ -120,13 +134,37 @@ def writing(path: Path):
         ) from error
 
 
+class Arrays(Collection[np.ndarray]):
+    """Arrays to calibrate on, in files of ``folder``, so that memory holds one at a time."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.count = Path(tempfile.mkdtemp(dir=folder)), 0
+
+    def add(self, array: np.ndarray) -> None:
+        with writing(self._path(self.count)):
+            np.save(self._path(self.count), array)
+        self.count += 1
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number}.npy"
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (np.load(self._path(number), allow_pickle=False) for number in range(self.count))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __contains__(self, array: object) -> bool:
+        return any(np.array_equal(array, one) for one in self)
+
+
 def quantise(
     model: openvino.Model | onnx.ModelProto,
     patches: Collection[np.ndarray],
     score: Callable[[Callable[[np.ndarray], np.ndarray]], float] | None = None,
     max_drop: float = 0.0,
     keep_first: bool = True,
-    keep_last: bool = True,
+    keep_last: int = 1,
     threads: int | None = None,
 ) -> openvino.Model | onnx.ModelProto:
     """``model`` with its layers in int8, by NNCF's post-training quantisation.
@@ -140,12 +178,14 @@ def quantise(
         patches: (1, C, *patch) float32, to take the ranges of values from.
         score: a number, higher where better, of a function from a patch to its logits. With it, layers that lose most
             are put back into their precision until no more than ``max_drop`` is lost on it.
-        keep_first, keep_last: whether ``model`` begins with the image, and ends with the head.
-        threads: for what NNCF does not run itself.
+        keep_first: whether ``model`` begins with the image.
+        keep_last: how many heads it ends with.
+        threads: on the CPU; ``None`` takes every core this process may use.
 
     Raises:
         JobError: NNCF cannot do it.
     """
+    send_no_usage_data()
     try:
         import nncf
 
@@ -155,7 +195,7 @@ def quantise(
             "subset_size": len(patches),
             "ignored_scope": nncf.IgnoredScope(names=_kept(_layers(model), keep_first, keep_last), validate=False),
         }
-        with _quiet():
+        with _quiet(), _as_it_will_run(threads or available_cores(), _is_onnx(model)):
             if score is None:
                 return nncf.quantize(model, calibration, **options)
             return nncf.quantize_with_accuracy_control(
@@ -174,14 +214,48 @@ def quantise(
         ) from error
 
 
-def runner(model: Any, threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
-    """From a (1, C, *patch) patch to its logits in fp32, by ``model``: of OpenVINO, compiled or not, or of ONNX."""
+@contextmanager
+def _as_it_will_run(threads: int, is_onnx: bool):
+    """NNCF runs models on every core, and candidates in fp32; it has no options for either."""
+    if is_onnx:
+        import onnxruntime
+
+        def options(make=onnxruntime.SessionOptions) -> onnxruntime.SessionOptions:
+            made = make()
+            made.intra_op_num_threads = threads
+            return made
+
+        with mock.patch.object(onnxruntime, "SessionOptions", options):
+            yield
+        return
+    import openvino
+
+    from nnunet_dyn.inference.openvino_engine import compiled, of_threads
+
+    in_fp32 = openvino.Core.compile_model
+
+    def compile_model(core, model, device_name=None, config=None):
+        return in_fp32(core, model, device_name, of_threads(threads) | (config or {}))
+
+    # The latter is what it compiles candidates with; the ranges are taken by the former, in fp32.
+    with (
+        mock.patch.object(openvino.Core, "compile_model", compile_model),
+        mock.patch.object(openvino, "compile_model", lambda model, *_, **__: compiled(model, "int8", threads)),
+    ):
+        yield
+
+
+def runner(model: Any, threads: int | None = None, precision: str = "fp32") -> Callable[[np.ndarray], np.ndarray]:
+    """From a (1, C, *patch) patch to its logits, by ``model``: of OpenVINO, compiled or not, or of ONNX.
+
+    Args:
+        precision: of what is not quantised, as of an engine; a compiled model has its own, and ONNX Runtime fp32.
+    """
     threads = threads or available_cores()
     if not _is_onnx(model):
         from nnunet_dyn.inference.openvino_engine import compiled
 
-        # NNCF hands over a wrapper of a model that it compiled, in fp32 and on every core.
-        ready = compiled(model, "fp32", threads) if hasattr(model, "get_ordered_ops") else model
+        ready = compiled(model, precision, threads) if hasattr(model, "get_ordered_ops") else model
         return lambda patch: ready(patch)[0]
     from nnunet_dyn.inference.onnxruntime_engine import session
 
@@ -208,7 +282,7 @@ def converted_engine(model: Model, engine: str, precision: str, threads: int | N
     if hasattr(model.network, "decide"):
         raise UsageError(
             f"Got a network that decides what it computes for engine {engine}; expected engine torch. Med-DANet V2 "
-            "can be exported: nnunet_dyn export --engine openvino --precision int8."
+            "and the ROI cascade can be exported: nnunet_dyn export --engine openvino --precision int8."
         )
     weights = TorchEngine(model.network, model.parameters, torch.device("cpu"), "fp32")
     converted = []
@@ -226,7 +300,7 @@ class _Layer:
     Attributes:
         grouped: whether it is a grouped or depthwise convolution.
         static: whether its weights are constants.
-        size: voxels of its output along each axis.
+        size: voxels of its output along each axis; 0 where that is not fixed.
     """
 
     name: str
@@ -236,7 +310,7 @@ class _Layer:
     size: tuple[int, ...]
 
 
-def _kept(layers: Sequence[_Layer], keep_first: bool = True, keep_last: bool = True) -> list[str]:
+def _kept(layers: Sequence[_Layer], keep_first: bool = True, keep_last: int = 1) -> list[str]:
     """Names of the layers that are not quantised in any case."""
     convolutions = [layer for layer in layers if layer.kind == "convolution" and layer.static and not layer.grouped]
     ends = convolutions[:keep_first] + convolutions[len(convolutions) - keep_last :]
@@ -246,7 +320,7 @@ def _kept(layers: Sequence[_Layer], keep_first: bool = True, keep_last: bool = T
         if layer in ends
         or not layer.static
         or layer.kind == "product"
-        or max(layer.size) == 1
+        or all(side == 1 for side in layer.size)
         or (layer.grouped and len(layer.size) == 3)
     ]
 
@@ -271,7 +345,8 @@ def _layers_of_openvino(model: openvino.Model) -> list[_Layer]:
         if kind == "Parameter" or moving.intersection(sources):
             moving.add(name)
         if kind in kinds:
-            size = tuple(op.get_output_shape(0)[2:]) or (1,)
+            sides = list(op.get_output_partial_shape(0))[2:]
+            size = tuple(side.get_length() if side.is_static else 0 for side in sides) or (1,)
             layers.append(_Layer(name, kinds[kind], kind.startswith("Group"), sources[1] not in moving, size))
     return layers
 

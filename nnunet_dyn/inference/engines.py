@@ -71,6 +71,8 @@ def check_installed(engine: str | None, *modules: str, otherwise: str = "", load
     """
     if engine not in EXTRAS:
         return
+    if load:
+        send_no_usage_data()
     extra = f"nnunet-dyn[{EXTRAS[engine]}]"
     for module in (engine, *modules):
         if find_spec(module) is None:
@@ -86,6 +88,19 @@ def check_installed(engine: str | None, *modules: str, otherwise: str = "", load
                 f"Engine {engine} needs {module}, which cannot be imported: {error}. Expected the extra {extra}. Run: "
                 f"pip install --force-reinstall '{extra}'{otherwise}."
             ) from error
+
+
+def send_no_usage_data() -> None:
+    """Keep OpenVINO and NNCF from reporting what they do to Google Analytics, in this process.
+
+    To be called before either is imported: they report that, too, unless the user has a file that says no. They ask for
+    the consent anew for every tool, so it is withheld from the class. No file is written.
+    """
+    try:
+        from openvino_telemetry import Telemetry
+    except ImportError:
+        return
+    Telemetry.consent = property(lambda self: False, lambda self, value: None)
 
 
 class Engine(ABC):

@@ -16,6 +16,8 @@ from nnunet_dyn.inference.model_folder import CHECKPOINT, build_network, check_c
 
 #: Of the manifest. A folder with a higher one was written by a version that this one does not know.
 FORMAT = 1
+#: Of the ROI cascade: the folder inside that of the segmentor that is the detector's, exported likewise.
+FIRST_STAGE = "first_stage"
 # Whose classes the plans of an exported network may name, where it is built again.
 _PACKAGES = ("nnunet_dyn", "dynamic_network_architectures", "torch")
 
@@ -34,6 +36,7 @@ class Manifest:
         accuracy: per fold, what the check found; empty where nothing was checked.
         max_dice_drop: the most that was allowed.
         calibration: what the ranges of an int8 model come from.
+        first_stage: sha256 of the manifest in :data:`FIRST_STAGE`; ``None`` where there is no such folder.
         format: see :data:`FORMAT`.
 
     Raises:
@@ -54,6 +57,7 @@ class Manifest:
     accuracy: tuple[dict[str, Any], ...] = ()
     max_dice_drop: float | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
+    first_stage: str | None = None
     format: int = FORMAT
 
     def __post_init__(self):
@@ -84,6 +88,16 @@ class Exported:
     plans: PlansManager
     configuration: ConfigurationManager
     dataset: dict
+
+    @property
+    def first_stage(self) -> Path:
+        """Where the first stage of a cascade is, if there is one."""
+        return self.folder / FIRST_STAGE
+
+    @property
+    def first_stage_folds(self) -> tuple[int | str, ...]:
+        """Those of the first stage; none where there is no such stage."""
+        return () if self.manifest.first_stage is None else _read_manifest(self.first_stage).folds
 
     def check(self, engine: str | None, precision: str | None, checkpoint: str) -> tuple[str, str]:
         """The engine and precision of the manifest, where nothing else was asked for.
@@ -119,32 +133,38 @@ class Exported:
             )
         files = [self.folder / of_fold[fold] for fold in folds or manifest.folds]
         if files[0].suffix == ".json":
-            return self._stages_engine(files, threads)
+            return self._deciding_engine(files, threads)
         return engine_of(manifest.engine)(files, manifest.precision, threads)
 
-    def _stages_engine(self, files: list[Path], threads: int | None) -> Engine:
+    def _deciding_engine(self, files: list[Path], threads: int | None) -> Engine:
         check_installed(self.manifest.engine, load=True)
         from nnunet_dyn import trainers
-        from nnunet_dyn.inference.stages import StagesEngine, listed
+        from nnunet_dyn.inference import cascade, stages
         from nnunet_dyn.trainers.med_danet import MedDANetTrainer
+        from nnunet_dyn.trainers.roi_cascade import ROICascadeTrainer
 
         # The only part of an exported model that builds a network. Hashes do not help: they lie in the same folder.
         name, manifest = self.manifest.trainer, self.folder / MANIFEST
         found = getattr(trainers, name, None)
-        if not (isinstance(found, type) and issubclass(found, MedDANetTrainer)):
+        if not (isinstance(found, type) and issubclass(found, (MedDANetTrainer, ROICascadeTrainer))):
             raise JobError(
-                f"{manifest} names trainer {name} for {files[0].name}; expected one of Med-DANet V2. Export the model "
-                "again."
+                f"{manifest} names trainer {name} for {files[0].name}; expected one of Med-DANet V2 or of the ROI "
+                "cascade. Export the model again."
             )
+        is_cascade = issubclass(found, ROICascadeTrainer)
         check_classes(self.configuration, _PACKAGES)
         for file in files:
-            if unknown := sorted(set(listed(file)) - set(self.manifest.files)):
+            others = (cascade if is_cascade else stages).listed(file)
+            if unknown := sorted(set(others) - set(self.manifest.files)):
                 raise JobError(
                     f"{file} lists {', '.join(unknown)}, of which {manifest} has no hash; expected files of the "
                     "export. Export the model again."
                 )
         network = build_network(name, self.plans, self.configuration, self.dataset)
-        return StagesEngine(network, files, tuple(self.configuration.patch_size), threads)
+        if is_cascade:
+            shape, precision = self.manifest.input_shape, self.manifest.precision
+            return cascade.CascadeEngine(network, files, self.manifest.engine, precision, shape, threads)
+        return stages.StagesEngine(network, files, tuple(self.configuration.patch_size), threads)
 
 
 def engine_of(name: str) -> type[Engine]:
@@ -181,6 +201,12 @@ def load_exported(folder: Path) -> Exported:
                 f"{path} is not the file that was exported: its sha256 differs from the one in {MANIFEST}. Copy the "
                 "folder again, or export the model again."
             )
+    inner = folder / FIRST_STAGE / MANIFEST
+    if manifest.first_stage is not None and (not inner.is_file() or sha256(inner) != manifest.first_stage):
+        raise JobError(
+            f"{inner} is missing, or not the file that was exported; expected that of the cascade's first stage. Copy "
+            "the folder again, or export the model again."
+        )
     plans = PlansManager(json.loads((folder / "plans.json").read_text()))
     dataset = json.loads((folder / "dataset.json").read_text())
     return Exported(folder, manifest, plans, plans.get_configuration(manifest.configuration), dataset)

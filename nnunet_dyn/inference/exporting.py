@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from itertools import islice
@@ -21,12 +21,16 @@ import torch
 from torch import nn
 
 from nnunet_dyn import __version__
+from nnunet_dyn.architectures.roi import DetectorNetwork
+from nnunet_dyn.architectures.roi_detectors import LowResDetector
+from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
 from nnunet_dyn.decisions import DecidingNetwork
 from nnunet_dyn.errors import JobError, NotFiniteError, UsageError
+from nnunet_dyn.inference.cascade import CascadeEngine, Crops, crops_of, write_detector, write_segmentor
 from nnunet_dyn.inference.conversion import ENDINGS, convert, quantise, runner, save, writing
 from nnunet_dyn.inference.engines import MANIFEST, Engine, TorchEngine, check_engine, check_installed
-from nnunet_dyn.inference.exported import Manifest, engine_of, is_exported, sha256
-from nnunet_dyn.inference.model_folder import CHECKPOINT, Model, available_folds, load_model
+from nnunet_dyn.inference.exported import FIRST_STAGE, Manifest, engine_of, is_exported, load_exported, sha256
+from nnunet_dyn.inference.model_folder import CHECKPOINT, Model, available_folds, first_stage_folder, load_model
 from nnunet_dyn.inference.predictor import Predictor
 from nnunet_dyn.inference.preprocessed import Cases, Patches, dice, mean, spread
 
@@ -106,24 +110,74 @@ def export_model(
     model = load_model(folder, folds, checkpoint)
     _check_decides(model.network, options)
     names = list(folds or available_folds(folder, checkpoint))
-    try:
-        cases = Cases.of(model, folder)
-    except UsageError:
-        if options.precision == "int8" or not options.force:
-            raise
-        cases = None
+    cases, first = _cases(model, folder, options), None
+    if isinstance(model.network, ROISegmentor):
+        first = _FirstStage.of(model, folder, names, checkpoint, options)
+        cases = None if first.cases is None else cases  # without boxes there is nothing to check
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.mkdtemp(dir=output.parent, prefix=f".partial-{output.name}-")
     except OSError as error:
         raise UsageError(f"Cannot write into {output.parent}: {error.strerror}. Take another folder.") from error
     try:
-        manifest = _write(model, cases, names, checkpoint, options, Path(temporary), report)
+        manifest = _write(model, cases, names, checkpoint, options, Path(temporary), report, first)
         with writing(output):
             _put(Path(temporary), output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return manifest
+
+
+def _cases(model: Model, folder: Path, options: ExportOptions) -> Cases | None:
+    """The preprocessed cases; ``None`` where there are none and that is allowed."""
+    try:
+        return Cases.of(model, folder, hands_on=not isinstance(model.network, ROISegmentor))
+    except UsageError:
+        if options.precision == "int8" or not options.force:
+            raise
+        return None
+
+
+@dataclass(frozen=True)
+class _FirstStage:
+    """The detector of the ROI cascade.
+
+    Attributes:
+        folds: those of the segmentor, or if one of them is missing, all that there are.
+    """
+
+    model: Model
+    folds: list[int | str]
+    cases: Cases | None
+
+    @classmethod
+    def of(cls, model: Model, folder: Path, folds: list, checkpoint: str, options: ExportOptions) -> _FirstStage:
+        """That of the segmentor ``model`` in ``folder``.
+
+        Raises:
+            UsageError: it is not there.
+        """
+        beside = first_stage_folder(folder, model.configuration.previous_stage_name)
+        there = available_folds(beside, checkpoint)
+        if not there:
+            raise UsageError(
+                f"Got the segmentor of a cascade; expected its detector in {beside}, with the {checkpoint} of a fold. "
+                "Train it, or copy its model folder."
+            )
+        has_all = all((beside / f"fold_{fold}" / checkpoint).is_file() for fold in folds)
+        chosen = folds if has_all else there
+        first = load_model(beside, chosen, checkpoint)
+        _check_detector(first.network)
+        return cls(first, chosen, _cases(first, beside, options))
+
+    def which(self, fold: int | str) -> list[int | str]:
+        """Folds of the detector for the segmentor of ``fold``: the one that has not seen its validation cases."""
+        return [fold] if fold in self.folds else self.folds
+
+    def original(self, fold: int | str, threads: int | None) -> Engine:
+        pairs = zip(self.folds, self.model.parameters, strict=True)
+        parameters = [weights for own, weights in pairs if own in self.which(fold)]
+        return TorchEngine(self.model.network, parameters, torch.device("cpu"), "fp32", threads)
 
 
 def _also_needed(options: ExportOptions) -> list[str]:
@@ -148,15 +202,32 @@ def _put(temporary: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _check_detector(network: nn.Module) -> None:
+    """Refuse others than the default detector: on the tri-plane detector OpenVINO 2026.4 crashes the process."""
+    if not isinstance(network, LowResDetector):
+        raise UsageError(
+            f"Got a {type(network).__name__} as detector; expected LowResDetector, the default of the cascade, which "
+            "is the only one that can be exported. Predict with --engine torch."
+        )
+
+
 def _check_decides(network: nn.Module, options: ExportOptions) -> None:
-    if not isinstance(network, DecidingNetwork):
+    if not isinstance(network, DecidingNetwork) or isinstance(network, ROISegmentor):
+        return
+    if isinstance(network, DetectorNetwork):
+        _check_detector(network)
+        if options.precision != "fp32":
+            raise UsageError(
+                f"Got {options.precision} for a detector; expected fp32, in which its score and margin were calibrated "
+                "and which takes no time that counts. Export the segmentor, with its detector, in any precision."
+            )
         return
     from nnunet_dyn.architectures.med_danet import MedDANetV2
 
     if not isinstance(network, MedDANetV2):
         raise UsageError(
-            f"Got a {type(network).__name__}, which decides what it computes; expected Med-DANet V2 or a network that "
-            "does not. Predict with --engine torch."
+            f"Got a {type(network).__name__}, which decides what it computes; expected Med-DANet V2, the ROI cascade, "
+            "or a network that does not. Predict with --engine torch."
         )
     if (options.engine, options.precision) != ("openvino", "int8"):
         raise UsageError(
@@ -167,11 +238,45 @@ def _check_decides(network: nn.Module, options: ExportOptions) -> None:
 
 def _engine(model: Model, path: Path, options: ExportOptions) -> Engine:
     """What runs the files of one fold."""
-    if path.suffix == ".json":
-        from nnunet_dyn.inference.stages import StagesEngine
+    if path.suffix != ".json":
+        return engine_of(options.engine)([path], options.precision, options.threads)
+    if isinstance(model.network, (DetectorNetwork, ROISegmentor)):
+        return CascadeEngine(
+            model.network, [path], options.engine, options.precision, model.input_shape, options.threads
+        )
+    from nnunet_dyn.inference.stages import StagesEngine
 
-        return StagesEngine(deepcopy(model.network), [path], model.input_shape[2:], options.threads)
-    return engine_of(options.engine)([path], options.precision, options.threads)
+    return StagesEngine(deepcopy(model.network), [path], model.input_shape[2:], options.threads)
+
+
+def _write_deciding(
+    model: Model, cases: Cases | None, names: list[str], options: ExportOptions, folder: Path, name: str
+) -> tuple[str, int]:
+    """Write what decides, its layers converted, of the fold ``name``.
+
+    Args:
+        names: training cases; none where ``cases`` is ``None``.
+
+    Returns:
+        The name of the file that lists the others, and how many inputs int8 was calibrated on.
+    """
+    network, shape, is_int8 = model.network, model.input_shape, options.precision == "int8"
+    if isinstance(network, ROISegmentor):
+        crops = Crops()
+        with tempfile.TemporaryDirectory() as seen:
+            if names:
+                tiles = predictor_of(model, TorchEngine(network, None, torch.device("cpu"), "fp32")).tiles
+                crops = crops_of(network, cases, names, tiles, Path(seen))
+            written = write_segmentor(
+                network, crops, options.engine, options.precision, shape, folder, name, options.threads
+            )
+        return written, len(crops) if is_int8 else 0
+    if isinstance(network, DetectorNetwork):
+        return write_detector(network, options.engine, shape, folder, name), 0
+    patches = Patches(cases, tuple(names), _PATCHES * len(names))
+    from nnunet_dyn.inference.stages import write_stages
+
+    return write_stages(network, patches, folder, name, options.threads), len(patches)
 
 
 class _Agreement:
@@ -198,37 +303,38 @@ class _Agreement:
 class _Check:
     """Dice of a fold's validation cases, predicted from their preprocessed data, mirrored as prediction does it.
 
+    Args:
+        cases_of_exported: what the exported model gets, where that is something else: the second stage of a cascade.
+
     Attributes:
         names: the cases.
         seen: whether the model was trained on some of them, as that of fold ``all`` was.
     """
 
-    def __init__(self, model: Model, original: Engine, cases: Cases, fold: int | str, options: ExportOptions, report):
+    def __init__(
+        self,
+        model: Model,
+        original: Engine,
+        cases: Cases,
+        fold: int | str,
+        options: ExportOptions,
+        report,
+        cases_of_exported: Cases | None = None,
+    ):
         self.model, self.cases, self.fold, self.report = model, cases, fold, report
+        self._cases_of_exported = cases_of_exported or cases
         training, validation = cases.split(fold)
         self.names = spread(validation, options.validation_cases)
         self.seen = not set(training).isdisjoint(self.names)
         self._engine, self._original = original, None
 
-    def _predict(self, engine: Engine, what: str) -> list[np.ndarray]:
-        with redirect_stdout(StringIO()):  # nnU-Net explains perform_everything_on_device
-            predictor = Predictor(device=torch.device("cpu"), allow_tqdm=False)
-        model = self.model
-        predictor.manual_initialization(
-            nn.Identity(),
-            model.plans,
-            model.configuration,
-            None,
-            model.dataset,
-            model.trainer,
-            model.mirroring_axes,
-            engine=engine,
-        )
+    def _predict(self, engine: Engine, what: str, cases: Cases) -> list[np.ndarray]:
+        predictor = predictor_of(self.model, engine)
         segmentations = []
         for number, name in enumerate(self.names, 1):
             self.report(f"fold {self.fold}: case {number} of {len(self.names)}, {name}, by the {what} model")
-            logits = predictor.predict_logits_from_preprocessed_data(self.cases.load(name)[0])
-            segmentations.append(self.cases.segment(logits))
+            logits = predictor.predict_logits_from_preprocessed_data(cases.load(name)[0])
+            segmentations.append(cases.segment(logits))
         return segmentations
 
     def __call__(self, engine: Engine) -> dict[str, Any]:
@@ -241,13 +347,13 @@ class _Check:
         """
         engine.load(0)  # what cannot run should not cost the predictions of the original
         if self._original is None:
-            self._original = self._predict(self._engine, "original")
+            self._original = self._predict(self._engine, "original", self.cases)
         found = {"fold": self.fold, "cases": self.names, "cases_seen_in_training": self.seen}
         found |= {"computed_in": engine.computes_in, "finite": True}
         if engine.computes_in != "bf16" and engine.name == "openvino" and engine.precision != "fp32":
             self.report(f"fold {self.fold}: this CPU has no bf16: what is to be in bf16 is checked in fp32")
         try:
-            exported = self._predict(engine, "exported")
+            exported = self._predict(engine, "exported", self._cases_of_exported)
         except NotFiniteError:
             return found | {"finite": False, "dice_drop": 1.0}
         scores = []
@@ -274,57 +380,140 @@ class _Check:
         }
 
 
+def predictor_of(model: Model, engine: Engine) -> Predictor:
+    """Predicts with ``engine`` what ``model`` is for, on the CPU."""
+    with redirect_stdout(StringIO()):  # nnU-Net explains perform_everything_on_device
+        predictor = Predictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.manual_initialization(
+        nn.Identity(),
+        model.plans,
+        model.configuration,
+        None,
+        model.dataset,
+        model.trainer,
+        model.mirroring_axes,
+        engine=engine,
+    )
+    return predictor
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-def _write(model, cases: Cases | None, folds, checkpoint, options: ExportOptions, folder: Path, report) -> Manifest:
-    accuracy, calibration, models, shape = [], {}, [], model.input_shape
-    decides = isinstance(model.network, DecidingNetwork)
+def _hand_on(
+    first: _FirstStage, cases: Cases, fold: int | str, options: ExportOptions, folder: Path, scratch: Path, report
+) -> tuple[Cases, Cases]:
+    """``cases`` with what the original detector finds in them, and with what the exported one does."""
+    training, validation = cases.split(fold)
+    training, validation = spread(training, options.calibration_cases), spread(validation, options.validation_cases)
+    report(f"fold {fold}: the detector on {len(training)} training and {len(validation)} validation cases")
+    exported = load_exported(folder / FIRST_STAGE).engine(tuple(first.which(fold)), options.threads)
+    handed = []
+    for engine, names in ((first.original(fold, options.threads), training + validation), (exported, validation)):
+        own = Path(tempfile.mkdtemp(dir=scratch))
+        # Of fold "all" both are the same cases.
+        handed.append(first.cases.hand_on(predictor_of(first.model, engine), sorted(set(names)), cases, own))
+    return handed[0], handed[1]
+
+
+def _write_fold(
+    model: Model, cases: Cases | None, fold: int | str, check: _Check | None, options: ExportOptions, folder, report
+) -> tuple[str, dict[str, Any] | None, dict[str, Any]]:
+    """Convert, quantise and check the network of ``model`` as it is.
+
+    Returns:
+        The file that was written, what the check found, and the manifest's entry on the calibration.
+    """
+    name, is_int8 = f"fold_{fold}", options.precision == "int8"
+    names = [] if cases is None else spread(cases.split(fold)[0], options.calibration_cases)
+    report(f"fold {fold}: converting" + (f", on {len(names)} cases for int8" if is_int8 else ""))
+    if isinstance(model.network, DecidingNetwork):
+        file, inputs = _write_deciding(model, cases, names, options, folder, name)
+        found = None
+        if check is not None:
+            report(f"fold {fold}: checking on {len(check.names)} validation cases")
+            found = check(_engine(model, folder / file, options))
+    else:
+        file = f"{name}{ENDINGS[options.engine]}"
+        patches = Patches(cases, tuple(names), _PATCHES * len(names)) if is_int8 else ()
+        inputs, found = len(patches), _write_static(model, cases, patches, check, options, folder / file, report)
+    if found is not None and found["finite"]:
+        report(f"fold {fold}: Dice {found['dice_original']:.4f}, exported {found['dice_exported']:.4f}")
+    return file, found, {name: {"cases": names, "patches": inputs}} if is_int8 else {}
+
+
+def _write_static(
+    model: Model,
+    cases: Cases | None,
+    patches: Patches | tuple,
+    check: _Check | None,
+    options: ExportOptions,
+    path: Path,
+    report: Callable[[str], object],
+) -> dict[str, Any] | None:
+    """Convert to ``path`` and check; in int8 layers that lose most are put back until the check passes."""
+    plain = convert(deepcopy(model.network), options.engine, model.input_shape)
+    exported = quantise(plain, patches, threads=options.threads) if patches else plain
+    save(exported, path)
+    if check is None:
+        return None
+
+    def passes() -> bool:
+        return found["finite"] and found["dice_drop"] <= options.max_dice_drop
+
+    report(f"fold {check.fold}: checking on {len(check.names)} validation cases")
+    found = check(_engine(model, path, options))
+    if patches and not passes():
+        report(f"fold {check.fold}: loses {found['dice_drop']:.4f} Dice; putting the layers back that lose most")
+        score = _Agreement(cases, plain, patches, options.threads)
+        lost = 1 - score(runner(exported, options.threads, "int8"))
+        for share in _FALLBACK:
+            # Not over the file that was checked, which OpenVINO may still have mapped.
+            attempt = Path(tempfile.mkdtemp(dir=path.parent))
+            save(quantise(plain, patches, score, lost * share, threads=options.threads), attempt / path.name)
+            found = check(_engine(model, attempt / path.name, options)) | {"layers_put_back": True}
+            for file in attempt.iterdir():
+                os.replace(file, path.with_name(file.name))
+            attempt.rmdir()
+            if passes():
+                break
+    return found
+
+
+def _write(
+    model: Model,
+    cases: Cases | None,
+    folds: Sequence[int | str],
+    checkpoint: str,
+    options: ExportOptions,
+    folder: Path,
+    report: Callable[[str], object],
+    first: _FirstStage | None = None,
+) -> Manifest:
+    accuracy, calibration, models, first_stage = [], {}, [], None
+    if first is not None:
+        # Never refused: what counts is Dice behind both stages.
+        inner, lenient = folder / FIRST_STAGE, replace(options, precision="fp32", force=True)
+        inner.mkdir()
+        _write(first.model, first.cases, first.folds, checkpoint, lenient, inner, lambda s: report(f"detector: {s}"))
+        first_stage = sha256(inner / MANIFEST)
     for fold, parameters in zip(folds, model.parameters, strict=True):
         original = TorchEngine(model.network, [parameters], torch.device("cpu"), "fp32", options.threads)
         original.load(0)
-        check = None if cases is None else _Check(model, original, cases, fold, options, report)
-        patches: Patches | tuple = ()
-        if options.precision == "int8":
-            names = spread(cases.split(fold)[0], options.calibration_cases)
-            patches = Patches(cases, tuple(names), _PATCHES * len(names))
-            calibration |= {f"fold_{fold}": {"cases": names, "patches": len(patches)}}
-        report(f"fold {fold}: converting" + (f", on {len(patches)} patches for int8" if patches else ""))
-        plain = None
-        if decides:
-            from nnunet_dyn.inference.stages import write_stages
-
-            path = folder / write_stages(model.network, patches, folder, f"fold_{fold}")
-        else:
-            path = folder / f"fold_{fold}{ENDINGS[options.engine]}"
-            plain = convert(deepcopy(model.network), options.engine, shape)
-            exported = quantise(plain, patches, threads=options.threads) if patches else plain
-            save(exported, path)
-        models.append(path.name)
-        if check is not None:
-            report(f"fold {fold}: checking on {len(check.names)} validation cases")
-            found = check(_engine(model, path, options))
-            if plain is not None and patches and not (found["finite"] and found["dice_drop"] <= options.max_dice_drop):
-                report(f"fold {fold}: loses {found['dice_drop']:.4f} Dice; putting the layers back that lose most")
-                score = _Agreement(cases, plain, patches, options.threads)
-                lost = 1 - score(runner(exported, options.threads))
-                for share in _FALLBACK:
-                    # Not over the file that was checked, which OpenVINO may still have mapped.
-                    attempt = Path(tempfile.mkdtemp(dir=folder))
-                    quantised = quantise(plain, patches, score, lost * share, threads=options.threads)
-                    save(quantised, attempt / path.name)
-                    found = check(_engine(model, attempt / path.name, options)) | {"layers_put_back": True}
-                    for file in attempt.iterdir():
-                        os.replace(file, folder / file.name)
-                    attempt.rmdir()
-                    if found["finite"] and found["dice_drop"] <= options.max_dice_drop:
-                        break
-            if found["finite"]:
-                report(f"fold {fold}: Dice {found['dice_original']:.4f}, exported {found['dice_exported']:.4f}")
-            accuracy.append(found)
+        with tempfile.TemporaryDirectory() as scratch:
+            cases_of_fold, of_exported = cases, None
+            if first is not None and cases is not None:
+                cases_of_fold, of_exported = _hand_on(first, cases, fold, options, folder, Path(scratch), report)
+            check = None
+            if cases is not None:
+                check = _Check(model, original, cases_of_fold, fold, options, report, of_exported)
+            name, found, calibration_of_fold = _write_fold(model, cases_of_fold, fold, check, options, folder, report)
+        models.append(name)
+        calibration |= calibration_of_fold
+        accuracy += [found] if found else []
     lost = max((found["dice_drop"] for found in accuracy), default=0.0)
     if (bad := [str(found["fold"]) for found in accuracy if not found["finite"]]) and not options.force:
         raise JobError(
@@ -351,13 +540,14 @@ def _write(model, cases: Cases | None, folds, checkpoint, options: ExportOptions
         checkpoint=checkpoint,
         folds=tuple(folds),
         models=tuple(models),
-        input_shape=shape,
+        input_shape=model.input_shape,
         mirroring_axes=model.mirroring_axes,
-        files={path.name: sha256(path) for path in sorted(folder.iterdir())},
+        files={path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
         versions=versions,
         accuracy=tuple(accuracy),
         max_dice_drop=None if cases is None else options.max_dice_drop,
         calibration=calibration,
+        first_stage=first_stage,
     )
     with writing(folder / MANIFEST):
         (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ONNXRuntimeEngine(Engine):
-    """One session per fold, for one tile at a time.
+    """One session per fold, for one tile at a time; what is loaded once stays.
 
     Args:
         models: of each fold, an ONNX file or the content of one, that takes (1, C, *patch).
@@ -26,14 +26,13 @@ class ONNXRuntimeEngine(Engine):
     def __init__(self, models: Sequence[Path | bytes], precision: str, threads: int | None = None):
         super().__init__(precision, threads, len(models))
         self.models = models
-        self._loaded: int | None = None
+        self._sessions: dict[int, onnxruntime.InferenceSession] = {}
         self._session: onnxruntime.InferenceSession | None = None
 
     def load(self, fold: int) -> None:
-        if self._loaded == fold:
-            return
-        self._loaded = self._session = None  # first, so that the memory of one fold is enough
-        self._session, self._loaded = session(self.models[fold], self.threads), fold
+        if fold not in self._sessions:
+            self._sessions[fold] = session(self.models[fold], self.threads)
+        self._session = self._sessions[fold]
 
     def infer(self, tiles: torch.Tensor) -> torch.Tensor:
         import torch

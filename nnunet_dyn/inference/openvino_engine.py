@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_dyn.errors import JobError
-from nnunet_dyn.inference.engines import Engine, available_cores
+from nnunet_dyn.inference.engines import Engine, available_cores, send_no_usage_data
 
 if TYPE_CHECKING:
+    import numpy as np
     import openvino
     import torch
 
@@ -19,7 +20,7 @@ _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 
 
 class OpenVINOEngine(Engine):
-    """One compiled model per fold, for one tile at a time.
+    """One compiled model per fold, for one tile at a time; what is loaded once stays.
 
     Args:
         models: of each fold, a file of OpenVINO's or a model in memory, that takes (1, C, *patch).
@@ -30,28 +31,28 @@ class OpenVINOEngine(Engine):
     def __init__(self, models: Sequence[Path | openvino.Model], precision: str, threads: int | None = None):
         super().__init__(precision, threads, len(models))
         self.models = models
-        self._loaded: int | None = None
+        self._requests: dict[int, openvino.InferRequest] = {}
         self._request: openvino.InferRequest | None = None
 
     def load(self, fold: int) -> None:
-        if self._loaded == fold:
-            return
-        self._loaded = self._request = None  # first, so that the memory of one fold is enough
-        model = compiled(self.models[fold], self.precision, self.threads)
-        self.computes_in = computes_in(model)
-        self._request, self._loaded = model.create_infer_request(), fold
+        if fold not in self._requests:
+            model = compiled(self.models[fold], self.precision, self.threads)
+            self.computes_in = computes_in(model)
+            self._requests[fold] = model.create_infer_request()
+        self._request = self._requests[fold]
 
     def infer(self, tiles: torch.Tensor) -> torch.Tensor:
         import torch
 
         # Copied: the request uses its memory again for the next row.
-        rows = [torch.from_numpy(run(self._request, row).copy()) for row in tiles.split(1)]
+        rows = [torch.from_numpy(run(self._request, row)[0].copy()) for row in tiles.split(1)]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def run(request: openvino.InferRequest, *inputs: torch.Tensor):
-    """The first output, as an array that the next call overwrites."""
-    return request.infer([x.contiguous().numpy() for x in inputs], share_inputs=True, share_outputs=True)[0]
+def run(request: openvino.InferRequest, *inputs: torch.Tensor) -> tuple[np.ndarray, ...]:
+    """The outputs, as arrays that the next call overwrites."""
+    outputs = request.infer([x.contiguous().numpy() for x in inputs], share_inputs=True, share_outputs=True)
+    return outputs.to_tuple()
 
 
 def computes_in(model: openvino.CompiledModel) -> str:
@@ -59,23 +60,33 @@ def computes_in(model: openvino.CompiledModel) -> str:
     return "bf16" if "bf" in str(model.get_property("INFERENCE_PRECISION_HINT")) else "fp32"
 
 
-def compiled(model: Path | openvino.Model, precision: str, threads: int) -> openvino.CompiledModel:
+def of_threads(threads: int) -> dict[str, int | bool]:
+    """What a model is compiled with to run on so many threads."""
+    # Pinned threads of several processes, each with some of the cores, would wait for the same ones.
+    return {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": threads >= available_cores()}
+
+
+def compiled(
+    model: Path | openvino.Model, precision: str, threads: int, shape: Sequence[int] | None = None
+) -> openvino.CompiledModel:
     """``model`` for the CPU.
+
+    Args:
+        shape: of the input, for a model that takes any.
 
     Raises:
         JobError: a file that cannot be read, or a model that OpenVINO cannot run.
     """
+    send_no_usage_data()
     import openvino
 
-    config = {
-        "INFERENCE_PRECISION_HINT": _HINTS[precision],
-        "INFERENCE_NUM_THREADS": threads,
-        "PERFORMANCE_HINT": "LATENCY",
-        # Pinned threads of several processes, each with some of the cores, would wait for the same ones.
-        "ENABLE_CPU_PINNING": threads >= available_cores(),
-    }
+    config = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY"} | of_threads(threads)
+    core = openvino.Core()
     try:
-        return openvino.Core().compile_model(model, "CPU", config)
+        if shape is not None:
+            model = core.read_model(model)
+            model.reshape(list(shape))
+        return core.compile_model(model, "CPU", config)
     except RuntimeError as error:
         name = model if isinstance(model, Path) else "the network"
         raise JobError(

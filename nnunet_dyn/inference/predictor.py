@@ -145,7 +145,7 @@ class Predictor(nnUNetPredictor):
             progress: show a bar on standard error while a case is predicted.
             first_stage: of a cascade, also load the model folder of the first stage where it stands beside this one,
                 as nnU-Net has it: with the same folds, or if one of them is missing there, with all that there are,
-                and with everything else as here. Not for an exported folder.
+                and with everything else as here. An exported folder has it inside, if at all.
 
         Raises:
             UsageError: no such folder, fold, engine, precision or device.
@@ -180,35 +180,38 @@ class Predictor(nnUNetPredictor):
             )
             predictor.folder, predictor.folds = Path(folder), tuple(folds or available_folds(Path(folder), checkpoint))
             before = predictor.configuration_manager.previous_stage_name
-            beside = first_stage_folder(predictor.folder, before) if first_stage and before is not None else None
-            if beside is not None and (there := available_folds(beside, checkpoint)):
-                same = all((beside / f"fold_{fold}" / checkpoint).is_file() for fold in predictor.folds)
-                predictor.first_stage = cls.from_folder(
-                    beside,
-                    predictor.folds if same else there,
-                    checkpoint,
-                    engine=engine,
-                    precision=precision,
-                    device=device,
-                    threads=threads,
-                    tile_step_size=tile_step_size,
-                    use_mirroring=use_mirroring,
-                    perform_everything_on_device=perform_everything_on_device,
-                    verbose=verbose,
-                    progress=progress,
-                )
-            return predictor
-        predictor.folder, predictor.folds = Path(folder), tuple(folds or exported.manifest.folds)
-        predictor.manual_initialization(
-            nn.Identity(),  # nnU-Net wants a network; the engine has its own
-            exported.plans,
-            exported.configuration,
-            None,
-            exported.dataset,
-            exported.manifest.trainer,
-            exported.manifest.mirroring_axes,
-            engine=exported.engine(folds, threads),
-        )
+            beside = None if before is None else first_stage_folder(predictor.folder, before)
+            there = [] if beside is None else available_folds(beside, checkpoint)
+            has_all = bool(there) and all((beside / f"fold_{f}" / checkpoint).is_file() for f in predictor.folds)
+        else:
+            predictor.folder, predictor.folds = Path(folder), tuple(folds or exported.manifest.folds)
+            predictor.manual_initialization(
+                nn.Identity(),  # nnU-Net wants a network; the engine has its own
+                exported.plans,
+                exported.configuration,
+                None,
+                exported.dataset,
+                exported.manifest.trainer,
+                exported.manifest.mirroring_axes,
+                engine=exported.engine(folds, threads),
+            )
+            beside, there = exported.first_stage, exported.first_stage_folds
+            has_all = set(predictor.folds) <= set(there)
+        if first_stage and there:
+            predictor.first_stage = cls.from_folder(
+                beside,
+                predictor.folds if has_all else there,
+                checkpoint,
+                engine=engine,
+                precision=precision if exported is None else None,  # it has its own
+                device=device,
+                threads=threads,
+                tile_step_size=tile_step_size,
+                use_mirroring=use_mirroring,
+                perform_everything_on_device=perform_everything_on_device,
+                verbose=verbose,
+                progress=progress,
+            )
         return predictor
 
     def initialize_from_trained_model_folder(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from nnunetv2.evaluation.evaluate_predictions import compute_tp_fp_fn_tn, region_or_label_to_mask
+from nnunetv2.inference.export_prediction import resample_and_save
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -40,8 +42,12 @@ class Cases:
     previous_stage: Path | None
 
     @classmethod
-    def of(cls, model: Model, model_folder: Path) -> Cases:
+    def of(cls, model: Model, model_folder: Path, hands_on: bool = True) -> Cases:
         """Those in ``nnUNet_preprocessed``.
+
+        Args:
+            hands_on: whether the training of a cascade's first stage must have left its segmentations. Without them
+                :meth:`hand_on` makes some.
 
         Raises:
             UsageError: they are not there.
@@ -56,7 +62,7 @@ class Cases:
                 "bf16 can be exported unchecked, with --force."
             )
         before, previous = model.configuration.previous_stage_name, None
-        if before is not None:
+        if before is not None and hands_on:
             parts = model_folder.resolve().name.split("__")
             previous = first_stage_folder(model_folder, before)
             previous = previous / "predicted_next_stage" / (parts[2] if len(parts) == 3 else "")
@@ -148,6 +154,29 @@ class Cases:
         if previous is not None:
             image = np.concatenate((image, _one_hot(np.asarray(previous[:]), self._labels())))
         return torch.from_numpy(image), labels
+
+    def hand_on(self, predictor: nnUNetPredictor, names: Sequence[str], to: Cases, folder: Path) -> Cases:
+        """``to``, the cases of the next stage, with what ``predictor`` segments in the cases ``names`` of this one, as
+        nnU-Net's training does it.
+
+        Args:
+            folder: an empty one, for the segmentations.
+        """
+        dataset_class = infer_dataset_class(str(to.folder))
+        for name in names:
+            logits = predictor.predict_logits_from_preprocessed_data(self.load(name)[0])
+            resample_and_save(
+                logits,
+                dataset_class(str(to.folder), [name]).load_case(name)[0].shape[1:],
+                str(folder / name),
+                self.model.plans,
+                self.model.configuration,
+                self._dataset([name]).load_case(name)[3],
+                self.model.dataset,
+                torch.get_num_threads(),
+                dataset_class,
+            )
+        return replace(to, previous_stage=folder)
 
     def segment(self, logits: torch.Tensor) -> np.ndarray:
         """(classes, *shape) → labels, (*shape)."""

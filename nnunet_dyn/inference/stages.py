@@ -7,6 +7,7 @@ shape is fixed, there is a model of a module for each size that it can meet: the
 from __future__ import annotations
 
 import json
+import tempfile
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
@@ -20,13 +21,13 @@ from torch import nn
 
 from nnunet_dyn.architectures.med_danet import Decision, MedDANetV2, crop_size
 from nnunet_dyn.errors import JobError
-from nnunet_dyn.inference.conversion import convert, quantise, save, writing
+from nnunet_dyn.inference.conversion import Arrays, convert, quantise, save, writing
 from nnunet_dyn.inference.engines import TorchEngine
 from nnunet_dyn.inference.openvino_engine import compiled, computes_in, run
 from nnunet_dyn.quantization import FULL_PRECISION, current_width
 
 Size = tuple[int, int]
-# What every module gets of so many slices is in memory at once.
+# What every module gets of so many slices is on the disk at once.
 _SLICES = 16
 
 
@@ -35,7 +36,9 @@ def precision_of(width: int) -> str:
     return "fp32" if width == FULL_PRECISION else "int8" if width <= 8 else "bf16"
 
 
-def write_stages(network: MedDANetV2, patches: Collection[np.ndarray], folder: Path, name: str) -> str:
+def write_stages(
+    network: MedDANetV2, patches: Collection[np.ndarray], folder: Path, name: str, threads: int | None = None
+) -> str:
     """Write the models of ``network`` and what else it has learnt; the name of the file that lists them.
 
     Args:
@@ -46,12 +49,12 @@ def write_stages(network: MedDANetV2, patches: Collection[np.ndarray], folder: P
     slices = [torch.from_numpy(patch) for patch in islice(patches, 0, None, -(-len(patches) // _SLICES))]
     _fuse(network, tuple(slices[0].shape[2:]))
     stages = _stages(network)
-    inputs = _seen(network, stages, slices)
     parts = []
-    for path, stage in stages.items():
-        precisions = {precision_of(width) for width in _widths(network, stage)}
-        for size, seen in inputs[path].items():
-            plain = convert(deepcopy(network.get_submodule(path)), "openvino", tuple(seen[0].shape))
+    with tempfile.TemporaryDirectory() as scratch:
+        for (path, size), seen in _seen(network, stages, slices, Path(scratch)).items():
+            stage, shape = stages[path], next(iter(seen)).shape
+            precisions = {precision_of(width) for width in _widths(network, stage)}
+            plain = convert(deepcopy(network.get_submodule(path)), "openvino", shape)
             files = {}
             if precisions - {"int8"}:
                 files["float"] = plain
@@ -59,9 +62,10 @@ def write_stages(network: MedDANetV2, patches: Collection[np.ndarray], folder: P
                 # The image's own layer and the head keep their precision, as in other networks.
                 files["int8"] = quantise(
                     plain,
-                    [x.numpy() for x in seen],
+                    seen,
                     keep_first=stage == 0,
                     keep_last=stage == network.n_stages - 1 and "transpconvs" not in path,
+                    threads=threads,
                 )
             for kind, model in files.items():
                 file = f"{name}.{path}.{'x'.join(map(str, size))}.{kind}.xml"
@@ -183,7 +187,7 @@ class _Compiled(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         request = self._requests[tuple(x.shape[2:]), precision_of(current_width())]
-        return torch.cat([torch.from_numpy(run(request, row).copy()) for row in x.split(1)])
+        return torch.cat([torch.from_numpy(run(request, row)[0].copy()) for row in x.split(1)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Compiled:
         return self  # a compiled model has nothing to change
@@ -226,15 +230,18 @@ def _widths(network: MedDANetV2, stage: int | None) -> set[int]:
 
 
 def _seen(
-    network: MedDANetV2, stages: dict[str, int | None], slices: Sequence[torch.Tensor]
-) -> dict[str, dict[Size, list[torch.Tensor]]]:
+    network: MedDANetV2, stages: dict[str, int | None], slices: Sequence[torch.Tensor], folder: Path
+) -> dict[tuple[str, Size], Arrays]:
     """What every module gets for each size: whole slices and a crop from the middle of each, in full precision."""
-    seen: dict[str, dict[Size, list[torch.Tensor]]] = {path: {} for path in stages}
+    seen: dict[tuple[str, Size], Arrays] = {}
 
     def record(path: str):
         def hook(_, inputs):
             (x,) = inputs
-            seen[path].setdefault(tuple(x.shape[2:]), []).append(x.detach().clone())
+            key = path, tuple(x.shape[2:])
+            if key not in seen:
+                seen[key] = Arrays(folder)
+            seen[key].add(x.detach().numpy())
 
         return hook
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from cascades import ROI_NAMES, bright_cubes, write_cascade
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from scipy import ndimage
 
@@ -116,55 +117,15 @@ def test_a_broken_first_stage_is_one_line_before_any_case(results, images, tmp_p
 
 # --- detector and segmentor ---------------------------------------------------------------------------------------
 
-TRAINER = "nnUNetTrainerROICascade"
-ROI_NAMES = [f"{TRAINER}__nnUNetDynPlans__{configuration}" for configuration in ("3d_detect", "3d_roi")]
-
-
-@torch.no_grad()
-def find_the_cube(network):
-    """An untrained detector tells what is bright from the rest; its boxes are those of the components."""
-    x = torch.randn(1, 1, 16, 24, 24) * 0.2
-    x[..., 4:8, 4:10, 4:10] = 5
-    mask, sides = network.head.seg_layers["mask"], network.head.seg_layers["sides"]
-    found = network.raw(x)["mask"][0]
-    inside = torch.zeros(found.shape[1:], dtype=torch.bool)
-    inside[2:4, 2:5, 2:5] = True
-    for label, logits in enumerate(found):
-        low, high = logits[~inside].mean(), logits[inside].mean()
-        scale = 4 / (high - low)
-        mask.weight[label] *= scale
-        mask.bias[label] = (mask.bias[label] - (low + high) / 2) * scale
-    sides.weight.zero_()
-    sides.bias.fill_(-9)
-    network.score_threshold.copy_(torch.sigmoid(network.raw(x)["mask"][0, 1:]).quantile(0.997))
-
-
-@torch.no_grad()
-def give_every_class(network):
-    for parameter in network.decoder.seg_layers.parameters():
-        parameter *= 10
-
 
 @pytest.fixture(scope="module")
 def roi_results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("results")
-    common = {"trainer": TRAINER, "template": "roi_cascade"}
-    models.write_model(folder / ROI_NAMES[0], part="3d_detect", spacing=(2, 2, 2), mirroring=None,
-                       patch_size=(16, 24, 24), prepare=find_the_cube, **common)  # fmt: skip
-    models.write_model(folder / ROI_NAMES[1], part="3d_roi", previous_stage="3d_detect", mirroring=(2,),
-                       prepare=give_every_class, **common)  # fmt: skip
-    return folder
-
-
-def bright_cube():
-    array = np.random.default_rng(0).normal(0, 0.2, (1, 24, 32, 44)).astype(np.float32)
-    array[..., 4:12, 6:16, 8:18] += 5
-    return array
+    return write_cascade(tmp_path_factory.mktemp("results")).parent
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    return models.write_cases(tmp_path_factory.mktemp("wide") / "images", {"case_0": bright_cube()})
+    return models.write_cases(tmp_path_factory.mktemp("wide") / "images", {"case_0": bright_cubes()})
 
 
 def test_detector_and_segmentor_in_one_call(roi_results, wide, tmp_path, capsys):
@@ -198,7 +159,7 @@ def test_tiles_outside_of_every_box_cost_nothing(roi_results):
     predictor.network.network.register_forward_hook(
         lambda module, inputs, output: crops.extend(x.shape for x in inputs[0] if not x.is_meta)  # meta: is counted
     )
-    predicted = predictor.predict(bright_cube(), (1, 1, 1))
+    predicted = predictor.predict(bright_cubes(), (1, 1, 1))
     tiles = predicted.decisions.tiles
     assert 0 < sum(tile.decision.action == "skip" for tile in tiles) < len(tiles)
     assert len(crops) == 2 * sum(len(tile.boxes) for tile in tiles)

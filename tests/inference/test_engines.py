@@ -1,5 +1,9 @@
 """Every engine computes what torch computes, from a model folder or an exported one."""
 
+import os
+import subprocess
+import sys
+
 import models
 import numpy as np
 import pytest
@@ -48,12 +52,14 @@ def test_the_segmentation_is_that_of_torch(tmp_path, trainer, dimension):
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
-def test_folds_have_their_own_weights(planar, engine):
-    """A converted model shares the tensors of the network it was made from. One of them is in memory at a time."""
+def test_folds_have_their_own_weights(planar, engine, monkeypatch):
+    """A converted model shares the tensors of the network it was made from. Each is compiled once."""
     need(engine)
     converted, original = (Predictor.from_folder(planar, engine=e, device="cpu") for e in (engine, "torch"))
     tile = torch.randn(2, 1, 24, 16)
     outputs = []
+    monkeypatch.setattr("nnunet_dyn.inference.openvino_engine.compiled", None)
+    monkeypatch.setattr("nnunet_dyn.inference.onnxruntime_engine.session", None)
     for fold in (0, 1, 0):
         for predictor in (converted, original):
             predictor.engine.load(fold)
@@ -129,10 +135,19 @@ def test_a_damaged_model_is_a_job_error(tmp_path):
             engine_of(engine)([tmp_path / name], "fp32").load(0)
 
 
-def test_layers_that_lose_most_are_put_back():
-    """By NNCF, until half of the disagreement is left."""
+def test_layers_that_lose_most_are_put_back(monkeypatch):
+    """By NNCF, until half of the disagreement is left. Candidates compute what the result will, on as many threads."""
     need("openvino")
     need("nncf")
+    import openvino
+
+    compile_model, configs = openvino.Core.compile_model, []
+
+    def spy(core, model, device=None, config=None):
+        configs.append({key: str(value) for key, value in config.items()})
+        return compile_model(core, model, device, config)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", spy)
     torch.manual_seed(0)
     convs = [nn.Conv2d(n, m, 3, padding=1) for n, m in ((1, 4), (4, 4), (4, 4), (4, 3))]
     network = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2], nn.ReLU(), convs[3])
@@ -148,10 +163,16 @@ def test_layers_that_lose_most_are_put_back():
         return sum(op.get_type_name() == "FakeQuantize" for op in model.get_ops())
 
     quantised = quantise(plain, patches, keep_first=False, keep_last=False)
-    lost = 1 - score(runner(quantised))
-    better = quantise(plain, patches, score, lost / 2, keep_first=False, keep_last=False)
-    assert 0 < 1 - score(runner(better)) <= lost / 2
+    lost = 1 - score(runner(quantised, 1, "int8"))
+    before = len(configs)
+    better = quantise(plain, patches, score, lost / 2, keep_first=False, keep_last=False, threads=1)
+    used = configs[before:]
+    assert {config["INFERENCE_NUM_THREADS"] for config in used} == {"1"}
+    # Ranges are taken in fp32.
+    assert {config["INFERENCE_PRECISION_HINT"] for config in used} == {"bf16", "<Type: 'float32'>"}
+    assert 0 < 1 - score(runner(better, 1, "int8")) <= lost / 2
     assert 0 < count(better) < count(quantised)
+    assert openvino.Core.compile_model is spy
 
 
 def test_magic_in_3d_and_in_int8():
@@ -197,6 +218,34 @@ def test_instance_normalisation_is_one_operation_of_openvino(affine):
     assert kinds.count("MVN") == 1 and "ReduceMean" not in kinds
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(runner(converted, 1)(x.numpy())), network(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_switched_off", [True, False])
+def test_nothing_is_reported_to_others(tmp_path, is_switched_off):
+    """OpenVINO and NNCF would, from their import on."""
+    need("openvino")
+    need("nncf")
+    need("openvino_telemetry")
+    code = f"""
+from openvino_telemetry.utils.sender import TelemetrySender
+sent = []
+TelemetrySender.send = lambda *message: sent.append(message)
+if {is_switched_off}:
+    from nnunet_dyn.inference.engines import check_installed
+    check_installed("openvino", "nncf", load=True)
+import openvino.tools.ovc.telemetry_utils as ovc
+import nncf.telemetry
+ovc.init_ovc_telemetry().send_event("ovc", "version", "1")
+nncf.telemetry.telemetry.send_event("nncf", "quantize", "1")
+print(len(sent))
+"""
+    env = {key: value for key, value in os.environ.items() if key not in ("CI", "TF_BUILD", "JENKINS_URL")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env | {"HOME": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (int(done.stdout.split()[-1]) == 0) == is_switched_off
+    assert is_switched_off != any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 def test_what_nncf_cannot_read_is_a_job_error():

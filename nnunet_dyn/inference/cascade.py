@@ -1,0 +1,356 @@
+"""The ROI cascade in OpenVINO or ONNX Runtime: the layers of its detectors, and the networks of its segmentors.
+
+What decides stays in torch, with its costs: boxes, crops, and what is background. A detector's layers get whole tiles,
+in fp32 whatever the segmentor computes in: score and margin were calibrated so, and it runs once a case. A segmentor's
+network gets crops of many sizes, so its models take any multiple of its strides; one that skips stages has a model for
+each set of them, and each cube of ``paper`` mode has one.
+
+OpenVINO takes longer for a model of any size than for one of a fixed size (``benchmarks/crop_sizes.py``), which takes
+seconds to compile. So the sizes that are most frequent in the training cases are compiled for themselves, each when it
+is first met, and all others share a model. The export names them, so that a case is predicted alike whatever was
+predicted before it.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from nnunet_dyn.architectures.roi import DetectorNetwork
+from nnunet_dyn.architectures.roi_segmentor import ROISegmentor, Size
+from nnunet_dyn.errors import JobError
+from nnunet_dyn.inference.conversion import ENDINGS, Arrays, convert, quantise, save, writing
+from nnunet_dyn.inference.engines import TorchEngine
+from nnunet_dyn.inference.preprocessed import Cases
+
+# Of each calibration case, as many as patches of other networks.
+_CROPS = 4
+# How many sizes of crops are compiled for themselves, at most.
+_SIZES = 4
+
+Variant = tuple[int, ...]
+# From one row to its outputs.
+Run = Callable[[torch.Tensor], Sequence[np.ndarray]]
+
+
+@dataclass
+class Crops:
+    """What a segmentor's network gets in some cases.
+
+    Attributes:
+        of_variant: (1, image channels, *size) float32, some of each case.
+        sizes: how often each size occurs, among all crops.
+    """
+
+    of_variant: dict[Variant, Arrays] = field(default_factory=dict)
+    sizes: Counter[Size] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.of_variant.values()))
+
+
+def crops_of(
+    network: ROISegmentor,
+    cases: Cases,
+    names: Sequence[str],
+    tiles: Callable[[torch.Tensor], Iterable[torch.Tensor]],
+    folder: Path,
+) -> Crops:
+    """The crops of ``network`` in the tiles of the cases ``names``, kept in ``folder``.
+
+    Args:
+        tiles: those of a case's input, (C, *shape), in prediction.
+    """
+    made = Crops()
+    for name in names:
+        found = []
+        for tile in tiles(cases.load(name)[0]):
+            found += [network.cut(tile, box) for box in network.decide(tile[None])[0].boxes]
+        made.sizes.update(tuple(crop.shape[1:]) for crop in found)
+        for crop in found[:: max(1, -(-len(found) // _CROPS))]:
+            variant = network.variant(tuple(crop.shape[1:]))
+            made.of_variant.setdefault(variant, Arrays(folder)).add(crop[None].numpy())
+    return made
+
+
+def write_detector(network: DetectorNetwork, engine: str, shape: Size, folder: Path, name: str) -> str:
+    """Write the layers of ``network`` and what else it has learnt; the name of the file that lists them.
+
+    Args:
+        shape: (1, C, *patch).
+        name: of the fold, which the files start with.
+
+    Raises:
+        JobError: the layers cannot be converted, or not written.
+    """
+    network = deepcopy(network).eval()
+    layers = _Raw(network, [])
+    with torch.inference_mode(False), torch.no_grad():
+        layers.names = list(network.raw(torch.zeros(shape)))
+    model = convert(layers, engine, shape)
+    file = f"{name}{ENDINGS[engine]}"
+    save(model, folder / file)
+    return _write(network, folder, name, {"parts": [{"variant": [], "file": file}], "outputs": layers.names})
+
+
+def write_segmentor(
+    network: ROISegmentor,
+    crops: Crops,
+    engine: str,
+    precision: str,
+    shape: Size,
+    folder: Path,
+    name: str,
+    threads: int | None = None,
+) -> str:
+    """Write the network of ``network`` in all its variants; the name of the file that lists them.
+
+    In int8 a variant that no crop is of keeps its precision, for there is nothing to take the ranges from.
+
+    Args:
+        shape: (1, C, *patch).
+        crops, name: as of :func:`crops_of` and of :func:`write_detector`.
+
+    Raises:
+        JobError: the network cannot be converted, or not written; int8 without any crop.
+    """
+    if precision == "int8" and not crops.sizes:
+        raise JobError(
+            "The detector found nothing in the calibration cases; expected boxes, whose contents int8 takes its ranges "
+            "from. Take more with --calibration-cases, or train the detector longer."
+        )
+    parts = []
+    network.decoder.deep_supervision = False
+    for number, (variant, (size, multiples)) in enumerate(network.variants(shape[2:]).items()):
+        one = _Variant(deepcopy(network.network), variant if network.mode == "own" else ())
+        model = convert(one, engine, (1, network.image_channels, *size), multiples=multiples)
+        if precision == "int8" and variant in crops.of_variant:
+            model = quantise(model, crops.of_variant[variant], threads=threads)
+        file = f"{name}.{number}{ENDINGS[engine]}"
+        save(model, folder / file)
+        parts.append({"variant": variant, "file": file})
+    sizes = [size for size, _ in crops.sizes.most_common(_SIZES)] if network.mode == "own" else []
+    return _write(network, folder, name, {"parts": parts, "sizes": sizes})
+
+
+class _Raw(nn.Module):
+    """A detector's layers: the values of what ``raw`` returns, in the order of ``names``."""
+
+    def __init__(self, network: DetectorNetwork, names: list[str]):
+        super().__init__()
+        self.network, self.names = network, names
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = self.network.raw(x)
+        return tuple(found[name] for name in self.names)
+
+
+class _Variant(nn.Module):
+    """A segmentor's network with the active stages that are given, or as it is."""
+
+    def __init__(self, network: nn.Module, stages: Variant):
+        super().__init__()
+        self.network, self.stages = network, stages
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network.enter(x, self.stages[0])[0] if self.stages else self.network(x)
+
+
+def _write(network: nn.Module, folder: Path, name: str, content: dict) -> str:
+    with writing(folder / f"{name}.npz"):
+        np.savez(folder / f"{name}.npz", **{key: value.numpy() for key, value in _rest(network).items()})
+    with writing(folder / f"{name}.json"):
+        (folder / f"{name}.json").write_text(json.dumps(content | {"rest": f"{name}.npz"}, indent=1))
+    return f"{name}.json"
+
+
+def _rest(network: nn.Module) -> dict[str, torch.Tensor]:
+    """What ``network`` has learnt beside weights: margin, score, and whether the classes are regions."""
+    buffers = dict(network.named_buffers())
+    return {key: value for key, value in network.state_dict().items() if key in buffers}
+
+
+@dataclass(frozen=True)
+class _Content:
+    """Of the file that lists the others of a fold."""
+
+    parts: dict[Variant, str]
+    rest: str
+    outputs: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] = ()
+
+    @classmethod
+    def read(cls, file: Path) -> _Content:
+        try:
+            content = json.loads(file.read_text())
+            return cls(
+                {tuple(map(int, part["variant"])): str(part["file"]) for part in content["parts"]},
+                str(content["rest"]),
+                tuple(map(str, content.get("outputs", ()))),
+                tuple(tuple(map(int, size)) for size in content.get("sizes", ())),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(file, error) from error
+
+
+def listed(file: Path) -> list[str]:
+    """Names of the files that ``file``, as this module writes it, belongs to.
+
+    Raises:
+        JobError: it cannot be read.
+    """
+    content = _Content.read(file)
+    models = list(content.parts.values())
+    weights = [str(Path(name).with_suffix(".bin")) for name in models if name.endswith(".xml")]
+    return [*models, *weights, content.rest]
+
+
+def _damaged(file: Path, error: Exception) -> JobError:
+    return JobError(
+        f"Cannot read {file}: {type(error).__name__}: {' '.join(str(error).split())[:300]}. Expected that of an "
+        "exported ROI cascade; copy the folder again, or export the model again."
+    )
+
+
+class CascadeEngine(TorchEngine):
+    """Runs a detector or a segmentor per fold, whose layers are models of another engine.
+
+    Args:
+        network: as the plans have it; its weights do not matter.
+        files: of each fold, what :func:`write_detector` or :func:`write_segmentor` returned.
+        engine: ``openvino`` or ``onnxruntime``.
+        shape: (1, C, *patch).
+
+    Raises:
+        JobError: files that cannot be read or run, or are not of this network.
+    """
+
+    def __init__(
+        self,
+        network: DetectorNetwork | ROISegmentor,
+        files: Sequence[Path],
+        engine: str,
+        precision: str,
+        shape: Size,
+        threads: int | None = None,
+    ):
+        super().__init__(network, None, torch.device("cpu"), precision, threads)
+        self.name, self.folds = engine, len(files)
+        self._networks = []
+        for file in files:
+            content, own = _Content.read(file), deepcopy(network)
+            _load_rest(own, file, content)
+            models = _Models({key: file.parent / name for key, name in content.parts.items()}, self)
+            if isinstance(own, DetectorNetwork):
+                expected, attach = {()}, _attach_detector
+            else:
+                expected, attach = set(own.variants(shape[2:])), _attach_segmentor
+            if content.parts.keys() != expected:
+                error = ValueError(f"variants got {sorted(content.parts)}; expected {sorted(expected)}")
+                raise _damaged(file, error)
+            attach(own, models, content, shape)
+            _drop_weights(own)
+            self._networks.append(own)
+
+    def load(self, fold: int) -> None:
+        self.network = self._networks[fold]
+
+    def _at_precision(self, run, *arguments):
+        return run(*arguments)  # the models have it; nothing else is worth autocast
+
+
+class _Models:
+    """The models of one fold, each of them for one row at a time; made when they are first used."""
+
+    def __init__(self, files: Mapping[Variant, Path], engine: CascadeEngine):
+        self.files, self.engine = files, engine
+        self._ready: dict[tuple[Variant, Size | None], Run] = {}
+
+    def prepare(self, variant: Variant, shape: Size | None = None) -> Run:
+        """What runs ``variant`` on one row.
+
+        Args:
+            shape: for inputs of just this shape; ``None`` for any that the model takes.
+        """
+        if (variant, shape) not in self._ready:
+            make = _in_openvino if self.engine.name == "openvino" else _in_onnxruntime
+            self._ready[variant, shape] = make(self.files[variant], self.engine, shape)
+        return self._ready[variant, shape]
+
+
+def _by_row(run: Run, x: torch.Tensor) -> list[torch.Tensor]:
+    """Each output of ``run`` for the rows of ``x``."""
+    # Copied: a model may use its memory again for the next row.
+    rows = [[torch.from_numpy(np.array(output)) for output in run(row)] for row in x.split(1)]
+    return [torch.cat(of_output) for of_output in zip(*rows, strict=True)]
+
+
+def _in_openvino(file: Path, engine: CascadeEngine, shape: Size | None) -> Run:
+    from nnunet_dyn.inference.openvino_engine import compiled, computes_in, run
+
+    model = compiled(file, engine.precision, engine.threads, shape)
+    engine.computes_in = computes_in(model)
+    request = model.create_infer_request()
+    return lambda row: run(request, row)
+
+
+def _in_onnxruntime(file: Path, engine: CascadeEngine, shape: Size | None) -> Run:
+    from nnunet_dyn.inference.onnxruntime_engine import session
+
+    ready = session(file, engine.threads)
+    name = ready.get_inputs()[0].name
+    return lambda row: ready.run(None, {name: row.contiguous().numpy()})
+
+
+def _attach_detector(network: DetectorNetwork, models: _Models, content: _Content, shape: Size) -> None:
+    in_torch = network.raw
+
+    def raw(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        if x.is_meta:  # counts
+            return in_torch(x)
+        return dict(zip(content.outputs, _by_row(layers, x), strict=True))
+
+    layers = models.prepare(())
+    network.raw = raw
+
+
+def _attach_segmentor(network: ROISegmentor, models: _Models, content: _Content, shape: Size) -> None:
+    own_sizes = set(content.sizes) if models.engine.name == "openvino" else set()
+
+    def run(size: Size):
+        return models.prepare(network.variant(size), (1, network.image_channels, *size) if size in own_sizes else None)
+
+    def segment_crops(x: torch.Tensor) -> torch.Tensor:
+        return _by_row(run(tuple(x.shape[2:])), x)[0]
+
+    # What is needed most; now, so that a model which cannot run is known before the first case.
+    run(content.sizes[0] if content.sizes else next(iter(network.variants(shape[2:]).values()))[0])
+    network.segment_crops = segment_crops
+
+
+def _load_rest(network: nn.Module, file: Path, content: _Content) -> None:
+    expected = _rest(network).keys()
+    try:
+        with np.load(file.parent / content.rest, allow_pickle=False) as rest:
+            if rest.keys() != expected:
+                raise ValueError(f"{content.rest} differs in {', '.join(sorted(rest.keys() ^ expected))}")
+            network.load_state_dict({key: torch.from_numpy(rest[key]) for key in rest}, strict=False)
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+        raise _damaged(file, error) from error
+
+
+def _drop_weights(network: nn.Module) -> None:
+    """Keep of the weights what is needed to count operations: shapes."""
+    for module in network.modules():
+        for name, weights in module._parameters.items():
+            if weights is not None:
+                module._parameters[name] = nn.Parameter(weights.detach().to("meta"), requires_grad=False)

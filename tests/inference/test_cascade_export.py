@@ -1,0 +1,288 @@
+"""The ROI cascade exported: both stages in one folder, with the decisions of torch."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import models
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from cascades import CUBE, ROI_NAMES, bright_cubes, write_cascade, write_preprocessed
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from plans import arch_kwargs
+
+from nnunet_dyn import cli, plans_templates
+from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
+from nnunet_dyn.architectures.triplane import TriPlaneDetector
+from nnunet_dyn.errors import JobError, UsageError
+from nnunet_dyn.inference import Predictor, cascade
+from nnunet_dyn.inference.exported import sha256
+from nnunet_dyn.inference.exporting import _check_detector
+from nnunet_dyn.inference.predictor import NOTHING_FOUND
+
+for package in ("openvino", "onnxruntime", "nncf"):
+    pytest.importorskip(package, reason="the extras nnunet-dyn[openvino,onnx] are not installed")
+
+FAR = ((13, 21), (18, 29), (28, 39))
+NETWORKS = {
+    "stages": {},
+    "efficient": {"network_class": "nnunet_dyn.architectures.efficient_unet.EfficientUNet", "encoder": "b0"},
+}
+
+
+@pytest.fixture(scope="module")
+def segmentors(tmp_path_factory):
+    """A cascade by the network inside the segmentor, and its preprocessed cases."""
+    made = {}
+    for name, kwargs in NETWORKS.items():
+        folder = tmp_path_factory.mktemp(name)
+        template = "roi_cascade"
+        if kwargs:
+            template = folder / "mine.json"
+            own = json.loads((Path(plans_templates.__file__).parent / "roi_cascade.json").read_text())
+            template.write_text(json.dumps(own | {"arch_kwargs": kwargs}))
+        segmentor = write_cascade(folder / "results", str(template))
+        cases = [bright_cubes(CUBE, FAR, seed=seed) for seed in range(3)]
+        made[name] = segmentor, write_preprocessed(folder / "data", segmentor, cases, training=2)
+    return made
+
+
+def export(segmentor, data, output, engine, precision, *flags) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_preprocessed", str(data))
+        command = ["export", "-m", str(segmentor), "-o", str(output), "--engine", engine, "--precision", precision]
+        return cli.main([*command, "--threads", "1", *map(str, flags)])
+
+
+@pytest.fixture(scope="module")
+def exported(segmentors, tmp_path_factory):
+    """By network and engine, in fp32, which the export has checked."""
+    made = {}
+    for network, engine in (("stages", "openvino"), ("efficient", "onnxruntime")):
+        made[network] = tmp_path_factory.mktemp(network) / "exported"
+        assert export(*segmentors[network], made[network], engine, "fp32") == 0
+    return made
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """Of the crops that have a model of their own; ``None`` of what takes any."""
+    from nnunet_dyn.inference import openvino_engine
+
+    compiled, seen = openvino_engine.compiled, []
+
+    def spy(model, precision, threads, shape=None):
+        seen.append(shape)
+        return compiled(model, precision, threads, shape)
+
+    monkeypatch.setattr(openvino_engine, "compiled", spy)
+    return seen
+
+
+@pytest.mark.parametrize("network", list(NETWORKS))
+def test_the_exported_cascade_is_that_of_torch(segmentors, exported, sizes, network):
+    """On a case of two targets, with all decisions."""
+    original = Predictor.from_folder(segmentors[network][0], (0,), device="cpu", threads=1)
+    predictor = Predictor.from_folder(exported[network], threads=1)
+    assert predictor.engine.name == predictor.first_stage.engine.name == original_engine(network)
+    array = bright_cubes(FAR, ((3, 9), (5, 13), (7, 20)), seed=9)
+    expected, got = (each.predict(array, (1, 1, 1)) for each in (original, predictor))
+    assert (expected.segmentation == got.segmentation).mean() >= 0.9999 and len(np.unique(got.segmentation)) > 2
+    mine, theirs = (each.decisions for each in (got, expected))
+    assert [tile.boxes for tile in mine.tiles] == [tile.boxes for tile in theirs.tiles]
+    assert [tile.decision.to_json() for tile in mine.tiles] == [tile.decision.to_json() for tile in theirs.tiles]
+    assert {tile.decision.action for tile in mine.tiles} == {"crop", "skip"} and mine.totals() == theirs.totals()
+    assert mine.first_stage.totals() == theirs.first_stage.totals()
+    if network == "stages":
+        assert len({stages for tile in mine.tiles for stages in tile.decision.stages}) == 2
+        own = {tuple(size) for size in json.loads((exported[network] / "fold_0.json").read_text())["sizes"]}
+        compiled_alone = {shape[2:] for shape in sizes if shape is not None}
+        assert None in sizes and 1 < len(own) <= 4 and compiled_alone <= own and len(compiled_alone) > 1
+
+
+def original_engine(network: str) -> str:
+    return {"stages": "openvino", "efficient": "onnxruntime"}[network]
+
+
+def test_the_manifest_has_both_stages(exported):
+    folder = exported["stages"]
+    outer, inner = (json.loads((each / "manifest.json").read_text()) for each in (folder, folder / "first_stage"))
+    (found,) = outer["accuracy"]
+    assert found["cases"] == ["case_2"] and found["dice_original"] > 0.9 and found["same_voxels"] > 0.9999
+    assert (outer["configuration"], inner["configuration"]) == ("3d_roi", "3d_detect")
+    for each, manifest in ((folder, outer), (folder / "first_stage", inner)):
+        assert {path.name for path in each.iterdir() if path.is_file()} == {*manifest["files"], "manifest.json"}
+        assert len(manifest["accuracy"]) == 1
+
+
+def test_one_call_by_the_command(segmentors, exported, tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("something was unpickled")
+
+    images = models.write_cases(tmp_path / "images", {"case_0": bright_cubes(CUBE, FAR, seed=7)})
+    common = ["predict", "-i", str(images), "--threads", "1", "--json", "--save-decisions"]
+    assert cli.main([*common, "-m", str(segmentors["stages"][0]), "-f", "0", "-o", str(tmp_path / "torch")]) == 0
+    capsys.readouterr()
+    for name in ("pickle.load", "pickle.loads", "torch.load"):
+        monkeypatch.setattr(name, refuse)
+    assert cli.main([*common, "-m", str(exported["stages"]), "-o", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr()
+    report = json.loads(shown.out)
+    assert report["first_stage"] == {"model": str(exported["stages"] / "first_stage"), "folds": [0]}
+    assert (report["engine"], report["precision"]) == ("openvino", "fp32") and "first_stage" in shown.err
+    one, other = (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / name / "case_0.nii.gz")))
+                  for name in ("out", "torch"))  # fmt: skip
+    assert (one == other).mean() >= 0.9999 and len(np.unique(one)) > 2
+    saved = json.loads((tmp_path / "out/decisions/case_0.json").read_text())
+    assert set(saved["totals"]["shares"]) == {"crop", "skip"} and saved["first_stage"]["totals"]["shares"]
+
+
+def test_where_nothing_is_detected_nothing_is_run(exported, monkeypatch):
+    predictor = Predictor.from_folder(exported["stages"], threads=1)
+    predictor.first_stage.engine.network.score_threshold.fill_(1.1)
+    monkeypatch.setattr(predictor.engine.network, "segment_crops", None)
+    predicted = predictor.predict(bright_cubes(), (1, 1, 1))
+    assert predicted.decisions.warnings == (NOTHING_FOUND,) and not predicted.segmentation.any()
+    assert predicted.decisions.totals()["shares"] == {"skip": 1.0}
+
+
+def test_boxes_may_still_come_from_files(exported):
+    predictor = Predictor.from_folder(exported["stages"], threads=1, first_stage=False)
+    assert predictor.first_stage is None
+    with pytest.raises(UsageError, match="expected the first one, 3d_detect"):
+        predictor.predict(bright_cubes(), (1, 1, 1))
+
+
+@pytest.fixture
+def converted(exported, monkeypatch):
+    """Whatever is converted becomes what was converted before, of fold 0: that takes less time."""
+
+    def convert(network, engine, shape, multiples=None):
+        if isinstance(network, cascade._Raw):
+            return openvino.Core().read_model(exported["stages"] / "first_stage" / "fold_0.xml")
+        parts = json.loads((exported["stages"] / "fold_0.json").read_text())["parts"]
+        (file,) = (part["file"] for part in parts if tuple(part["variant"]) == network.stages)
+        return openvino.Core().read_model(exported["stages"] / file)
+
+    import openvino
+
+    monkeypatch.setattr(cascade, "convert", convert)
+
+
+def test_two_folds_each_behind_its_own_detector(segmentors, converted, tmp_path, capsys):
+    """Where one is missing, behind all that there are. What the others have lost is found by the check."""
+    segmentor, data = segmentors["stages"]
+    results, preprocessed = (shutil.copytree(each, tmp_path / each.name) for each in (segmentor.parent, data))
+    segmentor, detector = results / ROI_NAMES[1], results / ROI_NAMES[0]
+    shutil.copytree(segmentor / "fold_0", segmentor / "fold_1")
+    path = segmentor / "fold_1" / "checkpoint_final.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint["network_weights"]["network.decoder.seg_layers.1.bias"][1] += 9
+    torch.save(checkpoint, path)
+    (splits,) = preprocessed.glob("*/splits_final.json")
+    splits.write_text(json.dumps([*json.loads(splits.read_text()), {"train": ["case_2"], "val": ["case_0"]}]))
+    for there in ([0], [0, 1]):
+        folder = tmp_path / f"exported_{len(there)}"
+        assert export(segmentor, preprocessed, folder, "openvino", "fp32", "--force", "-f", 0, 1) == 0
+        manifest, inner = (
+            json.loads((each / "manifest.json").read_text()) for each in (folder, folder / "first_stage")
+        )
+        assert manifest["folds"] == [0, 1] and inner["folds"] == there
+        kept, lost = (found["same_voxels"] for found in manifest["accuracy"])
+        assert kept > 0.9999 and lost < 0.999
+        assert Predictor.from_folder(folder, (1,), threads=1).first_stage.folds == ((1,) if len(there) == 2 else (0,))
+        shutil.copytree(detector / "fold_0", detector / "fold_1", dirs_exist_ok=True)
+
+
+def test_int8(segmentors, converted, tmp_path):
+    """Weights are those of an untrained network, which int8 and bf16 do not leave much of: close is enough."""
+    folder = tmp_path / "exported"
+    assert export(*segmentors["stages"], folder, "openvino", "int8", "--max-dice-drop", 1) == 0
+    outer, inner = (json.loads((each / "manifest.json").read_text()) for each in (folder, folder / "first_stage"))
+    assert (outer["precision"], inner["precision"]) == ("int8", "fp32"), "the detector is calibrated in fp32"
+    assert outer["calibration"]["fold_0"]["cases"] == ["case_0", "case_1"]
+    assert 4 < outer["calibration"]["fold_0"]["patches"] <= 8 and inner["calibration"] == {}
+    files = {path: 'type="FakeQuantize"' in path.read_text() for path in folder.rglob("*.xml")}
+    assert {path.relative_to(folder).as_posix(): found for path, found in files.items()} == {
+        "fold_0.0.xml": True,
+        "fold_0.1.xml": True,
+        "first_stage/fold_0.xml": False,
+    }
+    array = bright_cubes(CUBE, FAR, seed=7)
+    original, exported = (Predictor.from_folder(each, (0,), device="cpu") for each in (segmentors["stages"][0], folder))
+    expected, got = (predictor.predict(array, (1, 1, 1)) for predictor in (original, exported))
+    assert [tile.boxes for tile in expected.decisions.tiles] == [tile.boxes for tile in got.decisions.tiles]
+    masks = expected.segmentation > 0, got.segmentation > 0
+    assert 0.8 < 2 * (masks[0] & masks[1]).sum() / sum(map(np.sum, masks)) < 1
+
+
+def test_a_detector_alone_is_exported_in_fp32(segmentors, tmp_path, capsys):
+    segmentor, data = segmentors["stages"]
+    assert export(segmentor.with_name(ROI_NAMES[0]), data, tmp_path / "exported", "openvino", "int8") == 2
+    assert "Got int8 for a detector; expected fp32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda folder: shutil.rmtree(folder / "first_stage"), "first_stage/manifest.json is missing, or not the file"),
+        (
+            lambda folder: (folder / "first_stage" / "fold_0.npz").write_bytes(b""),
+            "fold_0.npz is not the file",
+        ),
+        (lambda folder: relist(folder, parts=[]), r"Cannot read .*fold_0.json: ValueError: variants got \[\]"),
+        (lambda folder: relist(folder, rest="plans.json"), r"Cannot read .*fold_0.json: .*"),
+        (lambda folder: relist(folder, rest="../other"), r"lists \.\./other, of which .* has no hash"),
+        (lambda folder: relist(folder, sizes=7), "Cannot read .*fold_0.json: TypeError"),
+    ],
+)
+def test_a_damaged_folder_is_one_error(exported, tmp_path, spoil, expected):
+    folder = shutil.copytree(exported["stages"], tmp_path / "copy")
+    spoil(folder)
+    with pytest.raises(JobError, match=expected):
+        Predictor.from_folder(folder, threads=1)
+
+
+def relist(folder, **changes):
+    """Change what a fold lists, and its hash."""
+    content = json.loads((folder / "fold_0.json").read_text()) | changes
+    (folder / "fold_0.json").write_text(json.dumps(content))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["fold_0.json"] = sha256(folder / "fold_0.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_segmentor_without_its_detector(segmentors, tmp_path, capsys):
+    segmentor, data = segmentors["stages"]
+    alone = shutil.copytree(segmentor, tmp_path / ROI_NAMES[1])
+    assert export(alone, data, tmp_path / "exported", "openvino", "fp32") == 2
+    shown = capsys.readouterr().err
+    assert f"expected its detector in {tmp_path / ROI_NAMES[0]}" in shown and shown.count("\n") == 1
+
+
+def test_the_tri_plane_detector_is_refused():
+    with pytest.raises(UsageError, match="Got a TriPlaneDetector as detector; expected LowResDetector"):
+        _check_detector(TriPlaneDetector.__new__(TriPlaneDetector))
+
+
+def test_crops_of_every_size_have_a_variant():
+    """Also where axes differ, in ``paper`` mode, and of networks that skip nothing."""
+    kwargs = arch_kwargs(3, 4, features=(8, 8, 8, 8), strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]])
+    plain = kwargs | {"network_class": PlainConvUNet, "n_conv_per_stage": 1}
+    skipping = {key: kwargs[key] for key in ("n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides")}
+    patch = (16, 48, 64)
+    for options in (plain, skipping):
+        network = ROISegmentor(2, 2, image_channels=1, deep_supervision=False, **options)
+        variants = network.variants(patch)
+        for corner in itertools.product((1, 5, 16), (1, 9, 17, 48), (3, 30, 64)):
+            box = network.crop(tuple((0, side) for side in corner), patch)
+            size = network.run_size(box)
+            _, multiples = variants[network.variant(size)]
+            assert all(side % step == 0 and side >= 2 * step for side, step in zip(size, multiples, strict=True))
+    network = ROISegmentor(2, 2, image_channels=1, deep_supervision=False, mode="paper", **skipping)
+    assert {variant: size for variant, (size, _) in network.variants(patch).items()} == {
+        (side,) * 3: (side,) * 3 for side in (16, 32, 64)
+    }
