@@ -345,70 +345,97 @@ class BoxEvidence:
         if not self._cases:
             raise ValueError("No cases to calibrate on. Expected one in the validation fold.")
         axes = len(self._cases[0].shape)
-        count = len(self._components)
-        names = np.array([label for _, label in self._components], dtype=object)
-        total = sum((np.bincount(c.component, c.voxels, count) for c in self._cases), np.zeros(count))
-        seen = sorted(set(names))
 
-        def held(threshold: float, margin: Sequence[int]) -> np.ndarray:
-            covered = np.zeros(count)
-            for case in self._cases:
-                inside = case.inside(threshold, np.asarray(margin))
-                covered += np.bincount(case.component, case.voxels * inside, count)
-            return covered
+        def badness(threshold: float, margin: Sequence[int]) -> tuple[int, float]:
+            return self._badness(self._held(threshold, margin), min_coverage, min_component)
 
-        def coverage(covered: np.ndarray) -> dict[str, float]:
-            return {label: float(covered[names == label].sum() / total[names == label].sum()) for label in seen}
-
-        def lost(covered: np.ndarray) -> int:
-            return int(((covered == 0) & (total >= min_component)).sum())
-
-        def badness(covered: np.ndarray) -> tuple[int, float]:
-            return lost(covered), -min([min_coverage, *coverage(covered).values()])
-
-        def size(threshold: float, margin: Sequence[int]) -> int:
-            return sum(case.union(case.boxes[threshold], margin) for case in self._cases)
-
-        unseen = tuple(label for label in labels if label not in seen)
+        unseen = self._unseen(labels)
         thresholds, least = sorted(self._cases[0].boxes, reverse=True), 0
         if unseen:  # nothing is known of them, so everything that may be one is kept
             thresholds, least = thresholds[-1:], _LEAST_MARGIN // 2
         largest = [max(_LEAST_MARGIN, max(case.shape[axis] for case in self._cases) // 8) for axis in range(axes)]
         steps = range(least, max(largest) + 1)
         margins = [tuple(min(step, limit) for limit in largest) for step in steps]
-        best = min(badness(held(threshold, margins[-1])) for threshold in thresholds)
+        best = min(badness(threshold, margins[-1]) for threshold in thresholds)
         candidates = []
         for threshold in thresholds:
-            if badness(held(threshold, margins[-1])) > best:
+            if badness(threshold, margins[-1]) > best:
                 continue
             # A larger margin never covers less.
-            margin = margins[
-                bisect_left(margins, True, key=lambda margin, t=threshold: badness(held(t, margin)) <= best)
-            ]
+            margin = margins[bisect_left(margins, True, key=lambda margin, t=threshold: badness(t, margin) <= best)]
             for axis in range(axes):
                 trials = [(*margin[:axis], less, *margin[axis + 1 :]) for less in range(least, margin[axis] + 1)]
-                margin = trials[bisect_left(trials, True, key=lambda m, t=threshold: badness(held(t, m)) <= best)]
-            candidates.append((size(threshold, margin), -threshold, margin))
-        voxels, threshold, margin = min(candidates)
-        covered = held(-threshold, margin)
+                margin = trials[bisect_left(trials, True, key=lambda m, t=threshold: badness(t, m) <= best)]
+            candidates.append((self._voxels(threshold, margin), -threshold, margin))
+        _, threshold, margin = min(candidates)
+        return self.measure(labels, -threshold, margin, min_coverage, min_component)
+
+    def measure(
+        self,
+        labels: Collection[str],
+        score_threshold: float,
+        margin: Sequence[int],
+        min_coverage: float = 0.995,
+        min_component: int = 10,
+    ) -> BoxCalibration:
+        """What the boxes of a score and a margin hold, wherever these come from; arguments as :meth:`calibrate` has.
+
+        Args:
+            score_threshold: one of those that the cases were added with.
+        """
+        held, total = self._held(score_threshold, margin), self._total
         shares = {}
         for key in set(self._components):
             own = [pair == key for pair in self._components]
-            shares[key] = float(covered[own].sum() / total[own].sum())
+            shares[key] = float(held[own].sum() / total[own].sum())
         worst = min(((value, *key) for key, value in shares.items()), default=(1.0, "", ""))
-        tight = sum(case.union(case.tight, (0,) * axes) for case in self._cases)
+        voxels = self._voxels(score_threshold, margin)
+        tight = sum(case.union(case.tight, (0,) * len(margin)) for case in self._cases)
         return BoxCalibration(
-            margin,
-            -threshold,
-            coverage(covered),
+            tuple(margin),
+            score_threshold,
+            self._coverage(held),
             (*worst[1:], worst[0]),
-            lost(covered),
-            badness(covered) == (0, -min_coverage),
+            self._lost(held, min_component),
+            self._badness(held, min_coverage, min_component) == (0, -min_coverage),
             voxels / sum(prod(case.shape) for case in self._cases),
             voxels / tight if tight else None,
             len(self._cases),
-            unseen,
+            self._unseen(labels),
         )
+
+    @property
+    def _total(self) -> np.ndarray:
+        """Voxels of each component."""
+        count = len(self._components)
+        return sum((np.bincount(case.component, case.voxels, count) for case in self._cases), np.zeros(count))
+
+    def _held(self, threshold: float, margin: Sequence[int]) -> np.ndarray:
+        """Those of each component that are inside any box."""
+        held = np.zeros(len(self._components))
+        for case in self._cases:
+            inside = case.inside(threshold, np.asarray(margin))
+            held += np.bincount(case.component, case.voxels * inside, len(held))
+        return held
+
+    def _voxels(self, threshold: float, margin: Sequence[int]) -> int:
+        """Voxels of the grid inside any box."""
+        return sum(case.union(case.boxes[threshold], margin) for case in self._cases)
+
+    def _unseen(self, labels: Collection[str]) -> tuple[str, ...]:
+        seen = {label for _, label in self._components}
+        return tuple(label for label in labels if label not in seen)
+
+    def _coverage(self, held: np.ndarray) -> dict[str, float]:
+        names, total = np.array([label for _, label in self._components], dtype=object), self._total
+        return {label: float(held[names == label].sum() / total[names == label].sum()) for label in sorted(set(names))}
+
+    def _lost(self, held: np.ndarray, min_component: int) -> int:
+        return int(((held == 0) & (self._total >= min_component)).sum())
+
+    def _badness(self, held: np.ndarray, min_coverage: float, min_component: int) -> tuple[int, float]:
+        """What is to be lowest: components lost, then what the worst class lacks."""
+        return self._lost(held, min_component), -min([min_coverage, *self._coverage(held).values()])
 
 
 def _as_array(boxes: Sequence, axes: int) -> np.ndarray:

@@ -1,0 +1,238 @@
+"""The ROI cascade beside nnU-Net's 3d_fullres: what is found and how well it is segmented, and what that costs.
+
+Two parts, of which each keeps everything in a folder of its own; what is done already is not done again, so a folder is
+for one set of arguments. Everything goes through the commands of nnU-Net and of this package.
+
+- ``accuracy``: on a data set, the detector, the segmentor and nnU-Net's network are trained on fold 0 for as many
+  iterations as are asked for, and predict the held-out cases. For a CPU the plans can be made smaller, for both alike.
+- ``cost``: on generated volumes with small targets, the whole commands and what grows with what.
+
+Examples:
+
+    python benchmarks/roi_cascade.py accuracy work --dataset nnUNet_raw/Dataset521_OpenKBPHaN \\
+        --features 16 --max-features 128 --batch 2 --output benchmarks/results/roi_cascade_accuracy.json
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from statistics import mean
+
+import machine
+import numpy as np
+import studies
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from studies import command
+
+from nnunet_dyn.architectures.roi import Box, enlarge, mask_boxes, volume
+from nnunet_dyn.safety import BoxEvidence
+from nnunet_dyn.trainers.roi_cascade import add_case, boxes_of_case
+
+PLANS = "nnUNetDynPlans"
+TEMPLATES = Path(__file__).parents[1] / "nnunet_dyn" / "plans_templates"
+#: By row, the trainer of both stages.
+FAMILIES = {"cascade": "nnUNetTrainerROICascade", "tri_plane": "nnUNetTrainerROICascadeTriPlane"}
+#: Of :func:`overlaps`, and where its rows have them.
+KINDS = {"without_margin": 2, "as_used": 3}
+#: By the longest side in voxels at full resolution: the cubes of Table 1.
+SIZES = {"small": 16, "medium": 32, "large": 64}
+
+
+# --- accuracy ------------------------------------------------------------------------------------------------------
+
+
+def prepare(args: argparse.Namespace) -> str:
+    """Data, plans and preprocessed volumes; returns the name of the data set."""
+    raw, preprocessed = Path(os.environ["nnUNet_raw"]), Path(os.environ["nnUNet_preprocessed"])
+    name = args.dataset.name
+    number = name[len("Dataset") :][:3]
+    if not (raw / name).exists():
+        studies.hold_out(args.dataset, raw / name, args.test)
+    if not (preprocessed / name / "nnUNetPlans_3d_fullres").exists():
+        command("nnUNetv2_plan_and_preprocess", "-d", number, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
+    plans = preprocessed / name / f"{PLANS}.json"
+    if not plans.exists():
+        template = json.loads((TEMPLATES / "roi_cascade.json").read_text())
+        if args.network is not None:
+            template["arch_kwargs"]["network_class"] = args.network
+        (raw / "roi_cascade.json").write_text(json.dumps(template))
+        command("nnunet_dyn", "plan", "-d", name, "-t", raw / "roi_cascade.json", "-o", PLANS)
+        reduce(plans, args)
+    if not (preprocessed / name / f"{PLANS}_3d_detect").exists():
+        command("nnUNetv2_preprocess", "-d", number, "-plans_name", PLANS, "-c", "3d_detect", "-np", 1)
+    return name
+
+
+def reduce(plans: Path, args: argparse.Namespace) -> None:
+    """Make nnU-Net's network and the segmentor smaller, in the same way."""
+    content = json.loads(plans.read_text())
+    for name in ("3d_fullres", "3d_roi"):
+        configuration = content["configurations"][name]
+        arguments = configuration["architecture"]["arch_kwargs"]
+        if args.features:
+            stages = range(arguments["n_stages"])
+            arguments["features_per_stage"] = [min(args.max_features, args.features * 2**stage) for stage in stages]
+        if args.batch:
+            configuration["batch_size"] = args.batch
+        if args.patch:
+            configuration["patch_size"] = args.patch
+    plans.write_text(json.dumps(content, indent=1))
+
+
+def accuracy(args: argparse.Namespace) -> dict:
+    name = prepare(args)
+    length = f"{args.epochs}epochs_{args.iterations}iters"
+    result = {"dataset": name, "rows": {}}
+    for row in args.rows:
+        if row == "stock":
+            model = studies.train(name, "3d_fullres", f"nnUNetTrainer_{length}", PLANS)
+            found = studies.held_out(name, model, "nnUNetv2_predict_from_modelfolder", "-npp", 1, "-nps", 1)
+        else:
+            trainer = FAMILIES[row]
+            longer = f"{trainer}_{args.detector_epochs}epochs_{args.iterations}iters"
+            detector = studies.train(name, "3d_detect", longer, PLANS)
+            found = {"detector": boxes_on_held_out(name, detector)}
+            if row not in args.detector_only:
+                # Both stages need a trainer of the same name, length included.
+                beside = detector.with_name(f"{trainer}_{length}__{PLANS}__3d_detect")
+                if not beside.exists():
+                    beside.symlink_to(detector.name)
+                model = studies.train(name, "3d_roi", f"{trainer}_{length}", PLANS)
+                found |= studies.held_out(name, model, "nnunet_dyn", "predict", "--save-decisions")
+                found["run"] = what_ran(model / "held_out" / "decisions")
+        result["rows"][row] = found
+        print(row, json.dumps(found), flush=True)
+    return result
+
+
+def boxes_on_held_out(name: str, model: Path) -> dict:
+    """What the calibrated boxes hold on the held-out cases, and how near they come to the targets' boxes.
+
+    Returns:
+        ``as_used`` and ``without_margin``: as ``calibration.json`` has them, on the detector's grid. ``iou``: see
+        :func:`overlaps`. ``calibration``: that of the validation cases.
+    """
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False)
+    predictor.initialize_from_trained_model_folder(str(model), (0,), "checkpoint_final.pth")
+    network, configuration = predictor.network.eval(), predictor.configuration_manager
+    network.load_state_dict(predictor.list_of_parameters[0])
+    fine = predictor.plans_manager.get_configuration(configuration.next_stage_names[0])
+    labels = predictor.label_manager
+    classes = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+    score, margin = float(network.score_threshold), network.margin.tolist()
+    evidence, compared = BoxEvidence(), []
+    raw, ending = Path(os.environ["nnUNet_raw"], name), predictor.dataset_json["file_ending"]
+    for label_file in sorted((raw / "labelsTs").glob(f"*{ending}")):
+        case = label_file.name.removesuffix(ending)
+        images = sorted(map(str, (raw / "imagesTs").glob(f"{case}_????{ending}")))
+        data, targets = (
+            configured.preprocessor_class(verbose=False).run_case(
+                images, str(label_file), predictor.plans_manager, configured, predictor.dataset_json
+            )[part]
+            for configured, part in ((configuration, 0), (fine, 1))
+        )
+        data, targets = torch.from_numpy(np.asarray(data)), np.asarray(targets[0])
+        shape = data.shape[1:]
+        found = boxes_of_case(network, data, configuration.patch_size, [score])
+        add_case(evidence, case, targets, classes, shape, found)
+        scale = [size / coarse for size, coarse in zip(targets.shape, shape, strict=True)]
+        for entry, boxes in zip(classes, found[score].values(), strict=True):
+            raw_boxes = [scaled(box, scale) for box in boxes]
+            used = [scaled(enlarge(box, margin, shape), scale) for box in boxes]
+            for target in mask_boxes(np.isin(targets, entry), gap=round(2 * max(scale))):
+                side = max(stop - start for start, stop in target)
+                best = [max((overlap(target, box) for box in each), default=0.0) for each in (raw_boxes, used)]
+                compared.append((str(entry), side, *best))
+    names = [str(entry) for entry in classes]
+    return {
+        "as_used": evidence.measure(names, score, margin).to_json(),
+        "without_margin": evidence.measure(names, score, [0] * len(margin)).to_json(),
+        "iou": overlaps(compared),
+        "calibration": json.loads((model / "fold_0" / "calibration.json").read_text()),
+    }
+
+
+def scaled(box: Box, scale: Sequence[float]) -> Box:
+    """``box`` in voxels of another size, not rounded."""
+    return tuple((start * step, stop * step) for (start, stop), step in zip(box, scale, strict=True))
+
+
+def overlap(one: Box, other: Box) -> float:
+    """Intersection over union."""
+    both = prod(max(0.0, min(b, d) - max(a, c)) for (a, b), (c, d) in zip(one, other, strict=True))
+    return both / (volume(one) + volume(other) - both)
+
+
+def overlaps(compared: Sequence[tuple[str, int, float, float]]) -> dict:
+    """Mean box IoU by the size of the target and by its class, each with the number of targets.
+
+    Args:
+        compared: of each target its class, its longest side, and the best IoU of a box without and with the margin.
+    """
+    limits, groups = [0, *SIZES.values()], {}
+    for (size, upper), lower in zip(SIZES.items(), limits, strict=False):
+        # What is larger than the last cube counts for it.
+        groups[size] = [row for row in compared if lower < row[1] and (row[1] <= upper or upper == limits[-1])]
+    for label in dict.fromkeys(row[0] for row in compared):
+        groups[f"class {label}"] = [row for row in compared if row[0] == label]
+    return {
+        group: {"targets": len(rows)}
+        | {kind: round(mean(row[at] for row in rows), 4) if rows else None for kind, at in KINDS.items()}
+        for group, rows in groups.items()
+    }
+
+
+def what_ran(decisions: Path) -> dict:
+    """Of the tiles and voxels that nnU-Net's network would compute, those that the segmentor did."""
+    tiles = crops = voxels = covered = macs = 0
+    for file in sorted(decisions.glob("*.json")):
+        found = json.loads(file.read_text())
+        for fold in found["folds"]:
+            for one in fold["decisions"]:
+                tiles, crops = tiles + 1, crops + bool(one["boxes"])
+                voxels += volume(one["tile"])
+                covered += sum(map(volume, one["boxes"]))
+                macs += one["macs"]
+    return {"tiles": tiles, "not_skipped": crops, "share_of_voxels": round(covered / voxels, 4), "gmacs": macs / 1e9}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    part = parts.add_parser("accuracy", help="Dice, and what the detector's boxes hold, on held-out cases")
+    part.set_defaults(run=accuracy)
+    part.add_argument("--dataset", type=Path, required=True, help="raw data set with a configuration 3d_fullres")
+    part.add_argument("--test", type=int, default=6, help="held-out cases, if it has none (default: %(default)s)")
+    part.add_argument("--rows", nargs="+", choices=["stock", *FAMILIES], default=["stock", "cascade"])
+    part.add_argument(
+        "--detector-only", nargs="*", choices=FAMILIES, default=["tri_plane"], help="no segmentor for them"
+    )
+    part.add_argument("--network", help="dotted path of the segmentor's network (default: the template's)")
+    part.add_argument("--features", type=int, help="width of the first stage (default: the plans')")
+    part.add_argument("--max-features", type=int, default=128)
+    part.add_argument("--batch", type=int, help="patches in a batch (default: the plans')")
+    part.add_argument("--patch", type=int, nargs=3, help="voxels per axis (default: the plans')")
+    part.add_argument("--epochs", type=int, default=10, help="of nnU-Net's network and the segmentor")
+    part.add_argument("--detector-epochs", type=int, default=20)
+    part.add_argument("--iterations", type=int, default=50, help="an epoch (default: %(default)s)")
+    for one in parts.choices.values():
+        one.add_argument("folder", type=Path, help="where everything is kept")
+        one.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    own = {"folder", "output", "rows", "run", "detector_only"}
+    settings = {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in own
+    }
+    studies.use(args.folder, settings)
+    result = {"machine": machine.describe(), "settings": settings} | args.run(args)
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
