@@ -16,7 +16,10 @@ Examples:
 import argparse
 import json
 import os
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from statistics import mean
@@ -27,8 +30,12 @@ import studies
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from studies import command
+from volumes import write_dataset
 
+from nnunet_dyn.accounting import count_operations
 from nnunet_dyn.architectures.roi import Box, enlarge, mask_boxes, volume
+from nnunet_dyn.decisions import SKIP
+from nnunet_dyn.inference.predictor import Predictor
 from nnunet_dyn.safety import BoxEvidence
 from nnunet_dyn.trainers.roi_cascade import add_case, boxes_of_case
 
@@ -38,6 +45,8 @@ TEMPLATES = Path(__file__).parents[1] / "nnunet_dyn" / "plans_templates"
 FAMILIES = {"cascade": "nnUNetTrainerROICascade", "tri_plane": "nnUNetTrainerROICascadeTriPlane"}
 #: Of :func:`overlaps`, and where its rows have them.
 KINDS = {"without_margin": 2, "as_used": 3}
+#: What the part ``cost`` measures.
+MEASURED = ("commands", "volume", "target")
 #: By the longest side in voxels at full resolution: the cubes of Table 1.
 SIZES = {"small": 16, "medium": 32, "large": 64}
 
@@ -54,17 +63,26 @@ def prepare(args: argparse.Namespace) -> str:
         studies.hold_out(args.dataset, raw / name, args.test)
     if not (preprocessed / name / "nnUNetPlans_3d_fullres").exists():
         command("nnUNetv2_plan_and_preprocess", "-d", number, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
+    plan_cascade(name, args)
+    return name
+
+
+def plan_cascade(name: str, args: argparse.Namespace) -> None:
+    """Plans with both stages and 3d_fullres, and the detector's data."""
+    raw, preprocessed = Path(os.environ["nnUNet_raw"]), Path(os.environ["nnUNet_preprocessed"])
     plans = preprocessed / name / f"{PLANS}.json"
     if not plans.exists():
         template = json.loads((TEMPLATES / "roi_cascade.json").read_text())
         if args.network is not None:
             template["arch_kwargs"]["network_class"] = args.network
+        if args.detector_voxels is not None:
+            template["configurations"]["3d_detect"]["whole_volume"]["max_voxels"] = args.detector_voxels
         (raw / "roi_cascade.json").write_text(json.dumps(template))
         command("nnunet_dyn", "plan", "-d", name, "-t", raw / "roi_cascade.json", "-o", PLANS)
         reduce(plans, args)
     if not (preprocessed / name / f"{PLANS}_3d_detect").exists():
+        number = name[len("Dataset") :][:3]
         command("nnUNetv2_preprocess", "-d", number, "-plans_name", PLANS, "-c", "3d_detect", "-np", 1)
-    return name
 
 
 def reduce(plans: Path, args: argparse.Namespace) -> None:
@@ -92,21 +110,29 @@ def accuracy(args: argparse.Namespace) -> dict:
             model = studies.train(name, "3d_fullres", f"nnUNetTrainer_{length}", PLANS)
             found = studies.held_out(name, model, "nnUNetv2_predict_from_modelfolder", "-npp", 1, "-nps", 1)
         else:
-            trainer = FAMILIES[row]
-            longer = f"{trainer}_{args.detector_epochs}epochs_{args.iterations}iters"
-            detector = studies.train(name, "3d_detect", longer, PLANS)
+            longer = f"{args.detector_epochs}epochs_{args.iterations}iters"
+            detector, model = train_cascade(name, FAMILIES[row], length, longer, row not in args.detector_only)
             found = {"detector": boxes_on_held_out(name, detector)}
-            if row not in args.detector_only:
-                # Both stages need a trainer of the same name, length included.
-                beside = detector.with_name(f"{trainer}_{length}__{PLANS}__3d_detect")
-                if not beside.exists():
-                    beside.symlink_to(detector.name)
-                model = studies.train(name, "3d_roi", f"{trainer}_{length}", PLANS)
+            if model is not None:
                 found |= studies.held_out(name, model, "nnunet_dyn", "predict", "--save-decisions")
                 found["run"] = what_ran(model / "held_out" / "decisions")
         result["rows"][row] = found
         print(row, json.dumps(found), flush=True)
     return result
+
+
+def train_cascade(
+    name: str, trainer: str, length: str, detector_length: str, both: bool = True
+) -> tuple[Path, Path | None]:
+    """Train the detector and, for another length, the segmentor of its boxes; the model folders."""
+    detector = studies.train(name, "3d_detect", f"{trainer}_{detector_length}", PLANS)
+    if not both:
+        return detector, None
+    # Both stages need a trainer of the same name, length included.
+    beside = detector.with_name(f"{trainer}_{length}__{PLANS}__3d_detect")
+    if not beside.exists():
+        beside.symlink_to(detector.name)
+    return detector, studies.train(name, "3d_roi", f"{trainer}_{length}", PLANS)
 
 
 def boxes_on_held_out(name: str, model: Path) -> dict:
@@ -201,6 +227,145 @@ def what_ran(decisions: Path) -> dict:
     return {"tiles": tiles, "not_skipped": crops, "share_of_voxels": round(covered / voxels, 4), "gmacs": macs / 1e9}
 
 
+# --- cost ----------------------------------------------------------------------------------------------------------
+
+
+def prepare_volumes(args: argparse.Namespace) -> str:
+    """Volumes, plans and preprocessed data; returns the name of the data set."""
+    raw, preprocessed = Path(os.environ["nnUNet_raw"]), Path(os.environ["nnUNet_preprocessed"])
+    name = "Dataset997_GeneratedTargets"
+    if not (raw / name / "dataset.json").exists():
+        write_dataset(raw, args.size, 2, args.cases)
+    if not (preprocessed / name / "nnUNetPlans_3d_fullres").exists():
+        command("nnUNetv2_plan_and_preprocess", "-d", 997, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
+    plan_cascade(name, args)
+    # Validation costs hours where nnU-Net's network takes every tile of a large volume.
+    split = [{"train": ["train_0", "train_1"], "val": ["val_0"]}]
+    (preprocessed / name / "splits_final.json").write_text(json.dumps(split))
+    return name
+
+
+def cost(args: argparse.Namespace) -> dict:
+    """The commands on volumes of one size, then the networks on volumes and targets that grow.
+
+    nnU-Net's network and the segmentor are trained for one iteration only: what they cost does not depend on it.
+    """
+    name = prepare_volumes(args)
+    stock = studies.train(name, "3d_fullres", "nnUNetTrainer_1epochs_1iters", PLANS)
+    detector, segmentor = train_cascade(
+        name, FAMILIES["cascade"], "1epochs_1iters", f"{args.detector_epochs}epochs_{args.iterations}iters"
+    )
+    result = {"detector": boxes_on_held_out(name, detector)}
+    measured = args.folder / "commands.json"
+    if "commands" in args.measure and not measured.exists():
+        rows = {"stock": f"nnUNetv2_predict_from_modelfolder -npp 1 -nps 1 -m {stock}"}
+        rows["cascade"] = f"nnunet_dyn predict -m {segmentor}"
+        command(
+            *(sys.executable, Path(__file__).with_name("seconds_per_case.py")),
+            *(Path(os.environ["nnUNet_raw"], name, "imagesTs"), "--cases", args.cases + 1, "--repeats", 1),
+            *(word for row, line in rows.items() for word in ("--row", row, f"{line} -f 0 -device cpu")),
+            *("--output", measured),
+        )
+    if measured.exists():
+        result["commands"] = json.loads(measured.read_text())["rows"]
+    networks = Networks(stock, detector, segmentor)
+    for part in ("volume", "target"):
+        kept = args.folder / f"{part}.json"
+        if part in args.measure and not kept.exists():
+            kept.write_text(json.dumps(growth(part, networks, args)))
+        if kept.exists():
+            result[part] = json.loads(kept.read_text())
+    return result
+
+
+def growth(part: str, networks: "Networks", args: argparse.Namespace) -> list[dict]:
+    """A target of ``args.target``³ voxels in volumes of ``args.sizes``³, or one of ``args.targets``³ in ``args.size``³.
+
+    The gates are the targets' boxes: no detector knows volumes of all these sizes; what it takes is added.
+    """
+    pairs = [(size, args.target) for size in args.sizes]
+    if part == "target":
+        pairs = [(args.size, side) for side in args.targets]
+    rows = []
+    for size, side in pairs:
+        rows.append({"volume": size, "target": side} | networks.measure(size, side))
+        print(part, json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+class Networks:
+    """The networks of trained models, timed on one core or more without reading, preprocessing and export.
+
+    Args:
+        mirroring: as predictions have it by default; the detector has none.
+    """
+
+    def __init__(self, stock: Path, detector: Path, segmentor: Path):
+        options = {"device": "cpu", "first_stage": False}
+        self.stock, self.detector, self.segmentor = (
+            Predictor.from_folder(model, [0], **options) for model in (stock, detector, segmentor)
+        )
+        for one in (self.stock, self.detector):
+            one.engine.load(0)
+        self.copies = len(self.stock._mirrored_axes())
+        tiles = {one: torch.zeros(1, 1, *one.configuration_manager.patch_size) for one in (self.stock, self.detector)}
+        self.stock_macs = self.copies * count_operations(self.stock.network, tiles[self.stock].shape).total
+        self.detector_macs = count_operations(self.detector.network, tiles[self.detector].shape).total
+        self.stock_seconds = self.copies * seconds(partial(self.stock.network, tiles[self.stock]))
+        self.detector_seconds = seconds(partial(self.detector.network, tiles[self.detector]))
+
+    def measure(self, size: int, side: int) -> dict:
+        """Tiles, multiply-accumulates and seconds on a volume of ``size``³ with one target of ``side``³ voxels.
+
+        nnU-Net's network costs the same on every tile, so that one is timed and multiplied.
+        """
+        tiles = self.tiles(self.stock, size)
+        detector = self.tiles(self.detector, round(size * self.coarse))
+        data = torch.zeros(1 + len(self.segmentor.label_manager.foreground_labels), *(size,) * 3)
+        start = (size - side) // 2
+        data[(1, *(slice(start, start + side),) * 3)] = 1
+        taken = seconds(partial(self.segmentor.predict_logits_from_preprocessed_data, data))
+        (decided,) = self.segmentor.decided
+        return {
+            "stock": {
+                "tiles": tiles,
+                "gmacs": tiles * self.stock_macs / 1e9,
+                "seconds": round(tiles * self.stock_seconds, 2),
+            },
+            "cascade": {
+                "tiles": sum(one.decision.action != SKIP for one in decided),
+                "gmacs": (sum(one.macs for one in decided) + detector * self.detector_macs) / 1e9,
+                "seconds": round(taken + detector * self.detector_seconds, 2),
+                "detector_gmacs": detector * self.detector_macs / 1e9,
+                "detector_seconds": round(detector * self.detector_seconds, 2),
+            },
+        }
+
+    @property
+    def coarse(self) -> float:
+        """Voxels of the detector's grid to one of full resolution, along an axis."""
+        fine, coarse = (one.configuration_manager.spacing[0] for one in (self.stock, self.detector))
+        return fine / coarse
+
+    @staticmethod
+    def tiles(predictor: Predictor, size: int) -> int:
+        """How many the sliding window over a volume of ``size``³ voxels has."""
+        patch = predictor.configuration_manager.patch_size
+        padded = tuple(max(size, side) for side in patch)
+        return len(predictor._internal_get_sliding_window_slicers(padded))
+
+
+def seconds(run: Callable[[], object], repeats: int = 2) -> float:
+    """The shortest of some runs."""
+    taken = []
+    for _ in range(repeats):
+        start = time.process_time()
+        with torch.inference_mode():
+            run()
+        taken.append(time.process_time() - start)
+    return min(taken)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
@@ -212,19 +377,30 @@ def main() -> None:
     part.add_argument(
         "--detector-only", nargs="*", choices=FAMILIES, default=["tri_plane"], help="no segmentor for them"
     )
-    part.add_argument("--network", help="dotted path of the segmentor's network (default: the template's)")
-    part.add_argument("--features", type=int, help="width of the first stage (default: the plans')")
-    part.add_argument("--max-features", type=int, default=128)
-    part.add_argument("--batch", type=int, help="patches in a batch (default: the plans')")
-    part.add_argument("--patch", type=int, nargs=3, help="voxels per axis (default: the plans')")
     part.add_argument("--epochs", type=int, default=10, help="of nnU-Net's network and the segmentor")
     part.add_argument("--detector-epochs", type=int, default=20)
     part.add_argument("--iterations", type=int, default=50, help="an epoch (default: %(default)s)")
+    part = parts.add_parser("cost", help="seconds, tiles and operations on generated volumes")
+    part.set_defaults(run=cost)
+    part.add_argument("--size", type=int, default=256, help="voxels of a side of the volumes (default: %(default)s)")
+    part.add_argument("--cases", type=int, default=1, help="beside a small one, which takes the start-up out")
+    part.add_argument("--sizes", type=int, nargs="+", default=[128, 192, 256, 320], help="of growing volumes")
+    part.add_argument("--target", type=int, default=48, help="voxels of a side of the target in them")
+    part.add_argument("--targets", type=int, nargs="+", default=[16, 32, 64, 128, 192], help="that grow in --size")
+    part.add_argument("--measure", nargs="+", choices=MEASURED, default=list(MEASURED))
+    part.add_argument("--detector-epochs", type=int, default=2)
+    part.add_argument("--iterations", type=int, default=30, help="an epoch of the detector (default: %(default)s)")
     for one in parts.choices.values():
         one.add_argument("folder", type=Path, help="where everything is kept")
         one.add_argument("--output", type=Path)
+        one.add_argument("--network", help="dotted path of the segmentor's network (default: the template's)")
+        one.add_argument("--detector-voxels", type=int, help="that its patch has at most (default: the template's)")
+        one.add_argument("--features", type=int, help="width of the first stage (default: the plans')")
+        one.add_argument("--max-features", type=int, default=128)
+        one.add_argument("--batch", type=int, help="patches in a batch (default: the plans')")
+        one.add_argument("--patch", type=int, nargs=3, help="voxels per axis (default: the plans')")
     args = parser.parse_args()
-    own = {"folder", "output", "rows", "run", "detector_only"}
+    own = {"folder", "output", "rows", "run", "detector_only", "measure"}
     settings = {
         key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in own
     }

@@ -19,6 +19,8 @@ from nnunet_dyn.architectures.roi import Box, Detection, DetectorNetwork, mask_b
 
 #: Weights of the boxes' L1 and generalised IoU beside the mask's losses, as in DETR (Carion et al. 2020).
 _L1, _GIOU = 5.0, 2.0
+#: Of the voxels, that the focal loss of a class is divided by at least: it may have hardly any, or none.
+_LEAST_SHARE = 1e-3
 
 
 class LowResDetector(DetectorNetwork):
@@ -167,18 +169,23 @@ class LowResDetector(DetectorNetwork):
     # --- training ---
 
     def loss(self, outputs: dict[str, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
-        """Binary cross-entropy and Dice of the masks, L1 and generalised IoU of the boxes where there is a target.
+        """Focal loss and Dice of the masks, L1 and generalised IoU of the boxes where there is a target.
 
-        Every coarse voxel that holds one of a target says where its box ends; and every box counts the same, as the
-        mean over them. Where a class has no target, only the masks count.
+        The focal loss is divided by the voxels of each class's targets (Lin et al. 2017): with a mean over all voxels
+        small targets are not found for thousands of iterations. Every coarse voxel that holds one of a target says
+        where its box ends; and every box counts the same, as the mean over them. Where a class has no target, only the
+        masks count.
         """
+        from torchvision.ops import sigmoid_focal_loss  # importing it takes a second
+
         masks, known = self.foreground(target)
         # The channel of the background, where there is one, stays as it is.
         logits, sides = (outputs[name][:, self.classes.start :] for name in ("mask", "sides"))
         known = known.unsqueeze(1)
-        cross_entropy = F.binary_cross_entropy_with_logits(logits, masks.float(), reduction="none")
-        total = (cross_entropy * known).sum() / known.expand_as(logits).sum().clamp(min=1)
         axes = tuple(range(2, logits.ndim))
+        focal = sigmoid_focal_loss(logits, masks.float(), alpha=0.5) * known
+        over = (0, *axes)
+        total = (focal.sum(over) / (masks & known).sum(over).clamp(min=_LEAST_SHARE * masks[:, 0].numel())).mean()
         probabilities = torch.sigmoid(logits) * known
         overlap = (probabilities * masks).sum(axes)
         dice = (2 * overlap + 1) / (probabilities.sum(axes) + (masks & known).sum(axes) + 1)
@@ -199,25 +206,25 @@ class LowResDetector(DetectorNetwork):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The distances to the sides that were found and those to be found, ``(N, 2, axes)`` each, for the ``N`` coarse
         voxels of targets, ``counts: (B, classes, *coarse)``, and each voxel's share of its box, ``(N,)``."""
-        axes = masks.ndim - 2
-        steps = torch.tensor(self.stride, device=sides.device)
-        found, wanted, share = [sides.new_zeros(0, 2, axes)], [sides.new_zeros(0, 2, axes)], [sides.new_zeros(0)]
+        axes, steps = masks.ndim - 2, np.array(self.stride)
+        where, boxes, share = [np.zeros((0, 2 + axes), int)], [np.zeros((0, axes, 2), int)], [np.zeros(0)]
+        counted = counts.cpu().numpy()
         for index, sample in enumerate(masks.cpu().numpy()):
             for channel, mask in enumerate(sample):
                 for box in mask_boxes(mask, gap=max(self.stride)):
-                    at = tuple(
-                        slice(start // step, -(-stop // step))
-                        for (start, stop), step in zip(box, self.stride, strict=True)
-                    )
-                    voxels = counts[(index, channel, *at)].nonzero()
-                    of_box = sides[(index, channel, slice(None), slice(None), *at)]
-                    found.append(of_box[(slice(None), slice(None), *voxels.unbind(1))].permute(2, 0, 1))
-                    share.append(sides.new_full((len(voxels),), 1 / max(1, len(voxels))))
-                    corner = torch.tensor([axis.start for axis in at], device=sides.device)
-                    middles = (voxels + corner + 0.5) * steps
-                    start, stop = torch.tensor(box, device=sides.device).unbind(1)
-                    wanted.append(torch.stack([middles - start, stop - middles], 1))
-        return torch.cat(found), torch.cat(wanted), torch.cat(share)
+                    at = [start // step for (start, _), step in zip(box, self.stride, strict=True)]
+                    stops = [-(-stop // step) for (_, stop), step in zip(box, self.stride, strict=True)]
+                    inside = tuple(map(slice, at, stops))
+                    voxels = np.argwhere(counted[(index, channel, *inside)]) + at
+                    where.append(np.insert(voxels, 0, [[index], [channel]], 1))
+                    boxes.append(np.broadcast_to(box, (len(voxels), axes, 2)))
+                    share.append(np.full(len(voxels), 1 / max(1, len(voxels))))
+        where, boxes = np.concatenate(where), np.concatenate(boxes)
+        middles = (where[:, 2:] + 0.5) * steps
+        wanted = np.stack([middles - boxes[..., 0], boxes[..., 1] - middles], 1)
+        sample, channel, *voxel = torch.from_numpy(where).to(sides.device).unbind(1)
+        found = sides[(sample, channel, slice(None), slice(None), *voxel)]
+        return found, *(torch.from_numpy(x).to(sides) for x in (wanted, np.concatenate(share)))
 
     # --- evaluation ---
 

@@ -128,7 +128,7 @@ def find_the_cube(network):
     mask, sides = network.head.seg_layers["mask"], network.head.seg_layers["sides"]
     found = network.raw(x)["mask"][0]
     inside = torch.zeros(found.shape[1:], dtype=torch.bool)
-    inside[2:4, 2:5, 2:5] = True
+    inside[4:8, 4:10, 4:10] = True
     for label, logits in enumerate(found):
         low, high = logits[~inside].mean(), logits[inside].mean()
         scale = 4 / (high - low)
@@ -181,6 +181,10 @@ def test_detector_and_segmentor_in_one_call(roi_results, wide, tmp_path, capsys)
     assert saved == of_two and saved["warnings"] == [] and set(saved["totals"]["shares"]) == {"crop", "skip"}
     assert saved["folds"][0]["decisions"][0].keys() >= {"boxes", "stages", "action", "macs", "image_boxes"}
     assert set(detected["totals"]["shares"]) == {"detect"} and detected["mirrored_copies"] == 1
+    shape = detected["preprocessed_shape"]
+    for tile in detected["folds"][0]["decisions"]:
+        ends = [a == 0 or b == size for box in tile["boxes"] for (a, b), size in zip(box, shape, strict=True)]
+        assert tile["review"] == any(ends)
     inside = np.zeros_like(boxes)
     for tile in detected["folds"][0]["decisions"]:
         assert len(tile["image_boxes"]) == len(tile["classes"]) == len(tile["scores"])
