@@ -1,16 +1,19 @@
 """The ROI cascade beside nnU-Net's 3d_fullres: what is found and how well it is segmented, and what that costs.
 
-Two parts, of which each keeps everything in a folder of its own; what is done already is not done again, so a folder is
-for one set of arguments. Everything goes through the commands of nnU-Net and of this package.
+Each part keeps everything in a folder of its own; what is done already is not done again, so a folder is for one set of
+arguments. Everything goes through the commands of nnU-Net and of this package.
 
 - ``accuracy``: on a data set, the detector, the segmentor and nnU-Net's network are trained on fold 0 for as many
   iterations as are asked for, and predict the held-out cases. For a CPU the plans can be made smaller, for both alike.
+- ``ablation``: the views and filters of the tri-plane detector (Table 8).
 - ``cost``: on generated volumes with small targets, the whole commands and what grows with what.
 
 Examples:
 
     python benchmarks/roi_cascade.py accuracy work --dataset nnUNet_raw/Dataset521_OpenKBPHaN \\
         --features 16 --max-features 128 --batch 2 --output benchmarks/results/roi_cascade_accuracy.json
+    python benchmarks/roi_cascade.py cost other --features 8 --max-features 64 --detector-voxels 262144 \\
+        --output benchmarks/results/roi_cascade_cost.json --picture docs/images/roi_cascade_cost.png
 """
 
 import argparse
@@ -28,25 +31,32 @@ import machine
 import numpy as np
 import studies
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from studies import command
 from volumes import write_dataset
 
 from nnunet_dyn.accounting import count_operations
 from nnunet_dyn.architectures.roi import Box, enlarge, mask_boxes, volume
+from nnunet_dyn.architectures.triplane import FILTERS
 from nnunet_dyn.decisions import SKIP
 from nnunet_dyn.inference.predictor import Predictor
 from nnunet_dyn.safety import BoxEvidence
-from nnunet_dyn.trainers.roi_cascade import add_case, boxes_of_case
+from nnunet_dyn.trainers.roi_cascade import TRI_PLANE, add_case, boxes_of_case
 
 PLANS = "nnUNetDynPlans"
 TEMPLATES = Path(__file__).parents[1] / "nnunet_dyn" / "plans_templates"
+NO_CLASSES = ("background", "ignore")
 #: By row, the trainer of both stages.
 FAMILIES = {"cascade": "nnUNetTrainerROICascade", "tri_plane": "nnUNetTrainerROICascadeTriPlane"}
 #: Of :func:`overlaps`, and where its rows have them.
 KINDS = {"without_margin": 2, "as_used": 3}
+ROW_NAMES = {"stock": "nnU-Net", "cascade": "ROI cascade", "tri_plane": "ROI cascade, tri-plane detector"}
 #: What the part ``cost`` measures.
 MEASURED = ("commands", "volume", "target")
+#: View and filter. The first is the detector of Section 3.1, the second what Section 4.7 ends with.
+TABLE_8 = ["centre/none", "subregions/none", *(f"{view}/{name}" for view in ("mean", "std") for name in FILTERS)]
 #: By the longest side in voxels at full resolution: the cubes of Table 1.
 SIZES = {"small": 16, "medium": 32, "large": 64}
 
@@ -104,7 +114,9 @@ def reduce(plans: Path, args: argparse.Namespace) -> None:
 def accuracy(args: argparse.Namespace) -> dict:
     name = prepare(args)
     length = f"{args.epochs}epochs_{args.iterations}iters"
-    result = {"dataset": name, "rows": {}}
+    description = json.loads(Path(os.environ["nnUNet_raw"], name, "dataset.json").read_text())
+    classes = {str(value): label for label, value in description["labels"].items() if label not in NO_CLASSES}
+    result = {"dataset": name, "classes": classes, "rows": {}}
     for row in args.rows:
         if row == "stock":
             model = studies.train(name, "3d_fullres", f"nnUNetTrainer_{length}", PLANS)
@@ -118,6 +130,30 @@ def accuracy(args: argparse.Namespace) -> dict:
                 found["run"] = what_ran(model / "held_out" / "decisions")
         result["rows"][row] = found
         print(row, json.dumps(found), flush=True)
+    return result
+
+
+def ablation(args: argparse.Namespace) -> dict:
+    """Views and filters of the tri-plane detector, as in Table 8, on the same preprocessed data."""
+    name = prepare(args)
+    folder = Path(os.environ["nnUNet_preprocessed"], name)
+    result = {"dataset": name, "rows": {}}
+    for row in args.rows:
+        view, filtered = row.split("/")
+        content = json.loads((folder / f"{PLANS}.json").read_text())
+        content["plans_name"] = f"nnUNetTriPlane{view.title()}{filtered.title()}Plans"
+        detector = content["configurations"]["3d_detect"]
+        options = {"patch_size": detector["patch_size"], "view": view, "filter": filtered} | args.tri_plane
+        detector["architecture"] = {
+            "network_class_name": TRI_PLANE,
+            "arch_kwargs": options,
+            "_kw_requires_import": [],
+        }
+        (folder / f"{content['plans_name']}.json").write_text(json.dumps(content, indent=1))
+        trainer = f"{FAMILIES['tri_plane']}_{args.detector_epochs}epochs_{args.iterations}iters"
+        model = studies.train(name, "3d_detect", trainer, content["plans_name"])
+        result["rows"][row] = boxes_on_held_out(name, model)
+        print(row, json.dumps(result["rows"][row]), flush=True)
     return result
 
 
@@ -366,13 +402,65 @@ def seconds(run: Callable[[], object], repeats: int = 2) -> float:
     return min(taken)
 
 
+# --- pictures ------------------------------------------------------------------------------------------------------
+
+
+def draw_accuracy(result: dict, path: Path) -> None:
+    """Dice of each class by row, and the IoU of the detectors' boxes by size."""
+    rows = {row: found for row, found in result["rows"].items() if "dice" in found}
+    detectors = {row: found["detector"] for row, found in result["rows"].items() if "detector" in found}
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    dice, iou = figure.subplots(1, 2, width_ratios=(3, 2))
+    for place, (row, found) in enumerate(rows.items()):
+        labels = [*result["classes"].values(), "mean"]
+        values = [*found["dice"].values(), found["mean_dice"]]
+        at = np.arange(len(values)) + 0.8 * (place + 0.5) / len(rows) - 0.4
+        dice.bar(at, values, 0.8 / len(rows), label=ROW_NAMES[row])
+        dice.set_xticks(np.arange(len(values)), labels, rotation=30, ha="right")
+    dice.set_ylabel("Dice in percent, held-out cases")
+    dice.legend()
+    for place, (row, found) in enumerate(detectors.items()):
+        sizes = [size for size in SIZES if found["iou"][size]["targets"]]
+        for kind, more in (("without_margin", 0.0), ("as_used", 0.2)):
+            at = np.arange(len(sizes)) + 0.4 * place - 0.3 + more
+            values = [found["iou"][size][kind] for size in sizes]
+            iou.bar(at, values, 0.2, label=f"{ROW_NAMES[row]}, {kind.replace('_', ' ')}")
+        iou.set_xticks(np.arange(len(sizes)), [f"{size}, {found['iou'][size]['targets']}" for size in sizes])
+    iou.set_ylabel("box IoU")
+    iou.set_xlabel("size and number of targets")
+    iou.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def draw_cost(result: dict, path: Path) -> None:
+    """Multiply-accumulates and seconds as volumes grow, and as targets do."""
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 2)
+    units = {"gmacs": "billion multiply-accumulates", "seconds": "CPU seconds of the networks"}
+    for column, (part, label) in enumerate((("volume", "side of the volume"), ("target", "side of the target"))):
+        for axes, (unit, name) in zip(panels[:, column], units.items(), strict=True):
+            points = result.get(part, [])
+            at = [row[part] for row in points]
+            for row, marker in (("stock", "o"), ("cascade", "s")):
+                axes.plot(at, [point[row][unit] for point in points], marker=marker, label=ROW_NAMES[row])
+            detector = [point["cascade"][f"detector_{unit}"] for point in points]
+            axes.plot(at, detector, ":", color="tab:orange", label="detector of it")
+            axes.set(yscale="log", xlabel=f"{label} in voxels", ylabel=name, xticks=at)
+            axes.grid(alpha=0.3)
+    panels[0, 0].set_title("a target of fixed size in a volume that grows")
+    panels[0, 1].set_title("a target that grows in a volume of fixed size")
+    panels[0, 0].legend()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
     part = parts.add_parser("accuracy", help="Dice, and what the detector's boxes hold, on held-out cases")
-    part.set_defaults(run=accuracy)
-    part.add_argument("--dataset", type=Path, required=True, help="raw data set with a configuration 3d_fullres")
-    part.add_argument("--test", type=int, default=6, help="held-out cases, if it has none (default: %(default)s)")
+    part.set_defaults(run=accuracy, draw=draw_accuracy)
+    part.add_argument("--picture", type=Path, help="PNG with plots")
     part.add_argument("--rows", nargs="+", choices=["stock", *FAMILIES], default=["stock", "cascade"])
     part.add_argument(
         "--detector-only", nargs="*", choices=FAMILIES, default=["tri_plane"], help="no segmentor for them"
@@ -380,8 +468,15 @@ def main() -> None:
     part.add_argument("--epochs", type=int, default=10, help="of nnU-Net's network and the segmentor")
     part.add_argument("--detector-epochs", type=int, default=20)
     part.add_argument("--iterations", type=int, default=50, help="an epoch (default: %(default)s)")
+    part = parts.add_parser("ablation", help="views and filters of the tri-plane detector (Table 8)")
+    part.set_defaults(run=ablation, picture=None)
+    part.add_argument("--rows", nargs="+", choices=TABLE_8, default=TABLE_8, metavar="VIEW/FILTER")
+    part.add_argument("--tri-plane", type=json.loads, default={}, help='its options, such as {"backbone": "resnet18"}')
+    part.add_argument("--detector-epochs", type=int, default=20)
+    part.add_argument("--iterations", type=int, default=50, help="an epoch (default: %(default)s)")
     part = parts.add_parser("cost", help="seconds, tiles and operations on generated volumes")
-    part.set_defaults(run=cost)
+    part.set_defaults(run=cost, draw=draw_cost)
+    part.add_argument("--picture", type=Path, help="PNG with plots")
     part.add_argument("--size", type=int, default=256, help="voxels of a side of the volumes (default: %(default)s)")
     part.add_argument("--cases", type=int, default=1, help="beside a small one, which takes the start-up out")
     part.add_argument("--sizes", type=int, nargs="+", default=[128, 192, 256, 320], help="of growing volumes")
@@ -390,9 +485,12 @@ def main() -> None:
     part.add_argument("--measure", nargs="+", choices=MEASURED, default=list(MEASURED))
     part.add_argument("--detector-epochs", type=int, default=2)
     part.add_argument("--iterations", type=int, default=30, help="an epoch of the detector (default: %(default)s)")
+    for one in (parts.choices["accuracy"], parts.choices["ablation"]):
+        one.add_argument("--dataset", type=Path, required=True, help="raw data set with a configuration 3d_fullres")
+        one.add_argument("--test", type=int, default=6, help="held-out cases, if it has none (default: %(default)s)")
     for one in parts.choices.values():
         one.add_argument("folder", type=Path, help="where everything is kept")
-        one.add_argument("--output", type=Path)
+        one.add_argument("--output", type=Path, help="JSON with the numbers")
         one.add_argument("--network", help="dotted path of the segmentor's network (default: the template's)")
         one.add_argument("--detector-voxels", type=int, help="that its patch has at most (default: the template's)")
         one.add_argument("--features", type=int, help="width of the first stage (default: the plans')")
@@ -400,7 +498,7 @@ def main() -> None:
         one.add_argument("--batch", type=int, help="patches in a batch (default: the plans')")
         one.add_argument("--patch", type=int, nargs=3, help="voxels per axis (default: the plans')")
     args = parser.parse_args()
-    own = {"folder", "output", "rows", "run", "detector_only", "measure"}
+    own = {"part", "folder", "output", "picture", "rows", "run", "draw", "detector_only", "measure"}
     settings = {
         key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in own
     }
@@ -408,6 +506,8 @@ def main() -> None:
     result = {"machine": machine.describe(), "settings": settings} | args.run(args)
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
+    if args.picture:
+        args.draw(result, args.picture)
 
 
 if __name__ == "__main__":
