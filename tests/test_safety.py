@@ -199,6 +199,16 @@ class TestBoxes:
         found = self.evidence({0.5: [((5, 10), (5, 10), (5, 10))]}, targets, (40, 40, 40)).calibrate(["1"])
         assert found.margin == (0, 0, 1) and found.ratio == pytest.approx(7 / 6)
 
+    def test_settings_of_others_are_measured_as_they_are(self):
+        """On cases that calibration has not seen, nothing is chosen anew."""
+        made = self.evidence({0.5: [((6, 10), (5, 10), (5, 10))], 0.1: [((5, 10), (5, 10), (5, 10))]})
+        found = made.measure(["1", "2"], 0.5, (0, 0, 0))
+        assert (found.score_threshold, found.margin) == (0.5, (0, 0, 0)) and not found.is_safe
+        assert found.coverage == {"1": 0.8} and found.ratio == pytest.approx(0.8) and found.unseen == ("2",)
+        wider = made.measure(["1"], 0.5, (1, 0, 2))
+        assert wider.is_safe and wider.coverage == {"1": 1.0} and wider.ratio == pytest.approx(6 * 5 * 9 / 125)
+        assert made.calibrate(["1"]) == made.measure(["1"], 0.1, (0, 0, 0))
+
     def test_what_is_never_found_is_reported(self):
         made = self.evidence({0.5: [((5, 10), (5, 10), (5, 10))], 0.1: []})
         self.add(made, {0.5: [], 0.1: []}, {"1": [np.s_[2:7, 2:7, 2:7]]}, self.SHAPE, "b")
