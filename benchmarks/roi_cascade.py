@@ -54,7 +54,7 @@ FAMILIES = {"cascade": "nnUNetTrainerROICascade", "tri_plane": "nnUNetTrainerROI
 KINDS = {"without_margin": 2, "as_used": 3}
 ROW_NAMES = {"stock": "nnU-Net", "cascade": "ROI cascade", "tri_plane": "ROI cascade, tri-plane detector"}
 #: What the part ``cost`` measures.
-MEASURED = ("commands", "volume", "target")
+MEASURED = ("commands", "commands_without_mirroring", "volume", "target")
 #: View and filter. The first is the detector of Section 3.1, the second what Section 4.7 ends with.
 TABLE_8 = ["centre/none", "subregions/none", *(f"{view}/{name}" for view in ("mean", "std") for name in FILTERS)]
 #: By the longest side in voxels at full resolution: the cubes of Table 1.
@@ -292,18 +292,19 @@ def cost(args: argparse.Namespace) -> dict:
         name, FAMILIES["cascade"], "1epochs_1iters", f"{args.detector_epochs}epochs_{args.iterations}iters"
     )
     result = {"detector": boxes_on_held_out(name, detector)}
-    measured = args.folder / "commands.json"
-    if "commands" in args.measure and not measured.exists():
-        rows = {"stock": f"nnUNetv2_predict_from_modelfolder -npp 1 -nps 1 -m {stock}"}
-        rows["cascade"] = f"nnunet_dyn predict -m {segmentor}"
-        command(
-            *(sys.executable, Path(__file__).with_name("seconds_per_case.py")),
-            *(Path(os.environ["nnUNet_raw"], name, "imagesTs"), "--cases", args.cases + 1, "--repeats", 1),
-            *(word for row, line in rows.items() for word in ("--row", row, f"{line} -f 0 -device cpu")),
-            *("--output", measured),
-        )
-    if measured.exists():
-        result["commands"] = json.loads(measured.read_text())["rows"]
+    for measured, more in (("commands", ""), ("commands_without_mirroring", " --disable_tta")):
+        kept = args.folder / f"{measured}.json"
+        if measured in args.measure and not kept.exists():
+            rows = {"stock": f"nnUNetv2_predict_from_modelfolder -npp 1 -nps 1 -m {stock}"}
+            rows["cascade"] = f"nnunet_dyn predict -m {segmentor}"
+            command(
+                *(sys.executable, Path(__file__).with_name("seconds_per_case.py")),
+                *(Path(os.environ["nnUNet_raw"], name, "imagesTs"), "--cases", args.cases + 1, "--repeats", 1),
+                *(word for row, line in rows.items() for word in ("--row", row, f"{line} -f 0 -device cpu{more}")),
+                *("--output", kept),
+            )
+        if kept.exists():
+            result[measured] = json.loads(kept.read_text())["rows"]
     networks = Networks(stock, detector, segmentor)
     for part in ("volume", "target"):
         kept = args.folder / f"{part}.json"
@@ -360,7 +361,7 @@ class Networks:
         data = torch.zeros(1 + len(self.segmentor.label_manager.foreground_labels), *(size,) * 3)
         start = (size - side) // 2
         data[(1, *(slice(start, start + side),) * 3)] = 1
-        taken = seconds(partial(self.segmentor.predict_logits_from_preprocessed_data, data))
+        taken = seconds(partial(self.segmentor.predict_logits_from_preprocessed_data, data), 1)
         (decided,) = self.segmentor.decided
         return {
             "stock": {
@@ -481,7 +482,7 @@ def main() -> None:
     part.add_argument("--cases", type=int, default=1, help="beside a small one, which takes the start-up out")
     part.add_argument("--sizes", type=int, nargs="+", default=[128, 192, 256, 320], help="of growing volumes")
     part.add_argument("--target", type=int, default=48, help="voxels of a side of the target in them")
-    part.add_argument("--targets", type=int, nargs="+", default=[16, 32, 64, 128, 192], help="that grow in --size")
+    part.add_argument("--targets", type=int, nargs="+", default=[16, 32, 64, 128], help="that grow in --size")
     part.add_argument("--measure", nargs="+", choices=MEASURED, default=list(MEASURED))
     part.add_argument("--detector-epochs", type=int, default=2)
     part.add_argument("--iterations", type=int, default=30, help="an epoch of the detector (default: %(default)s)")
