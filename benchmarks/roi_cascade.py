@@ -43,7 +43,7 @@ from nnunet_dyn.architectures.triplane import FILTERS
 from nnunet_dyn.decisions import SKIP
 from nnunet_dyn.inference.predictor import Predictor
 from nnunet_dyn.safety import BoxEvidence
-from nnunet_dyn.trainers.roi_cascade import TRI_PLANE, add_case, boxes_of_case
+from nnunet_dyn.trainers.roi_cascade import SCORES, TRI_PLANE, add_case, boxes_of_case
 
 PLANS = "nnUNetDynPlans"
 TEMPLATES = Path(__file__).parents[1] / "nnunet_dyn" / "plans_templates"
@@ -176,7 +176,8 @@ def boxes_on_held_out(name: str, model: Path) -> dict:
 
     Returns:
         ``as_used`` and ``without_margin``: as ``calibration.json`` has them, on the detector's grid. ``iou``: see
-        :func:`overlaps`. ``calibration``: that of the validation cases.
+        :func:`overlaps`. ``other_settings``: what other scores and margins would have held. ``calibration``: that of
+        the validation cases.
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False)
@@ -186,7 +187,8 @@ def boxes_on_held_out(name: str, model: Path) -> dict:
     fine = predictor.plans_manager.get_configuration(configuration.next_stage_names[0])
     labels = predictor.label_manager
     classes = labels.foreground_regions if labels.has_regions else labels.foreground_labels
-    score, margin = float(network.score_threshold), network.margin.tolist()
+    score = min(SCORES, key=lambda one: abs(one - float(network.score_threshold)))
+    margin = network.margin.tolist()
     evidence, compared = BoxEvidence(), []
     raw, ending = Path(os.environ["nnUNet_raw"], name), predictor.dataset_json["file_ending"]
     for label_file in sorted((raw / "labelsTs").glob(f"*{ending}")):
@@ -200,7 +202,7 @@ def boxes_on_held_out(name: str, model: Path) -> dict:
         )
         data, targets = torch.from_numpy(np.asarray(data)), np.asarray(targets[0])
         shape = data.shape[1:]
-        found = boxes_of_case(network, data, configuration.patch_size, [score])
+        found = boxes_of_case(network, data, configuration.patch_size, SCORES)
         add_case(evidence, case, targets, classes, shape, found)
         scale = [size / coarse for size, coarse in zip(targets.shape, shape, strict=True)]
         for entry, boxes in zip(classes, found[score].values(), strict=True):
@@ -215,6 +217,12 @@ def boxes_on_held_out(name: str, model: Path) -> dict:
         "as_used": evidence.measure(names, score, margin).to_json(),
         "without_margin": evidence.measure(names, score, [0] * len(margin)).to_json(),
         "iou": overlaps(compared),
+        "other_settings": [
+            {key: of_setting[key] for key in ("score_threshold", "margin", "coverage", "ratio")}
+            for other in SCORES
+            for more in (0, 1, 2)
+            for of_setting in [evidence.measure(names, other, [more] * len(margin)).to_json()]
+        ],
         "calibration": json.loads((model / "fold_0" / "calibration.json").read_text()),
     }
 
