@@ -114,20 +114,23 @@ def reduce(plans: Path, args: argparse.Namespace) -> None:
 def accuracy(args: argparse.Namespace) -> dict:
     name = prepare(args)
     length = f"{args.epochs}epochs_{args.iterations}iters"
+    more, output = (["--disable_tta"], "held_out_without_mirroring") if args.disable_tta else ([], "held_out")
     description = json.loads(Path(os.environ["nnUNet_raw"], name, "dataset.json").read_text())
     classes = {str(value): label for label, value in description["labels"].items() if label not in NO_CLASSES}
-    result = {"dataset": name, "classes": classes, "rows": {}}
+    result = {"dataset": name, "classes": classes, "mirroring": not args.disable_tta, "rows": {}}
     for row in args.rows:
         if row == "stock":
             model = studies.train(name, "3d_fullres", f"nnUNetTrainer_{length}", PLANS)
-            found = studies.held_out(name, model, "nnUNetv2_predict_from_modelfolder", "-npp", 1, "-nps", 1)
+            predict = ("nnUNetv2_predict_from_modelfolder", "-npp", 1, "-nps", 1, *more)
+            found = studies.held_out(name, model, *predict, folder=output)
         else:
             longer = f"{args.detector_epochs}epochs_{args.iterations}iters"
             detector, model = train_cascade(name, FAMILIES[row], length, longer, row not in args.detector_only)
             found = {"detector": boxes_on_held_out(name, detector)}
             if model is not None:
-                found |= studies.held_out(name, model, "nnunet_dyn", "predict", "--save-decisions")
-                found["run"] = what_ran(model / "held_out" / "decisions")
+                predict = ("nnunet_dyn", "predict", "--save-decisions", *more)
+                found |= studies.held_out(name, model, *predict, folder=output)
+                found["run"] = what_ran(model / output / "decisions")
         result["rows"][row] = found
         print(row, json.dumps(found), flush=True)
     return result
@@ -290,7 +293,7 @@ def prepare_volumes(args: argparse.Namespace) -> str:
 
 
 def cost(args: argparse.Namespace) -> dict:
-    """The commands on volumes of one size, then the networks on volumes and targets that grow.
+    """The commands on volumes of one size (CPU seconds), then the networks on volumes and targets that grow.
 
     nnU-Net's network and the segmentor are trained for one iteration only: what they cost does not depend on it.
     """
@@ -312,7 +315,9 @@ def cost(args: argparse.Namespace) -> dict:
                 *("--output", kept),
             )
         if kept.exists():
-            result[measured] = json.loads(kept.read_text())["rows"]
+            keys = ("command", "cpu_seconds_per_case", "peak_bytes")
+            found = json.loads(kept.read_text())["rows"]
+            result[measured] = {row: {key: one[key] for key in keys} for row, one in found.items()}
     networks = Networks(stock, detector, segmentor)
     for part in ("volume", "target"):
         kept = args.folder / f"{part}.json"
@@ -474,6 +479,7 @@ def main() -> None:
     part.add_argument(
         "--detector-only", nargs="*", choices=FAMILIES, default=["tri_plane"], help="no segmentor for them"
     )
+    part.add_argument("--disable-tta", action="store_true", help="predict held-out cases without mirroring")
     part.add_argument("--epochs", type=int, default=10, help="of nnU-Net's network and the segmentor")
     part.add_argument("--detector-epochs", type=int, default=20)
     part.add_argument("--iterations", type=int, default=50, help="an epoch (default: %(default)s)")
@@ -507,7 +513,7 @@ def main() -> None:
         one.add_argument("--batch", type=int, help="patches in a batch (default: the plans')")
         one.add_argument("--patch", type=int, nargs=3, help="voxels per axis (default: the plans')")
     args = parser.parse_args()
-    own = {"part", "folder", "output", "picture", "rows", "run", "draw", "detector_only", "measure"}
+    own = {"part", "folder", "output", "picture", "rows", "run", "draw", "detector_only", "measure", "disable_tta"}
     settings = {
         key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in own
     }

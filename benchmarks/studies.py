@@ -53,10 +53,14 @@ def train(name: str, configuration: str, trainer: str, plans: str) -> Path:
     return model
 
 
-def held_out(name: str, model: Path, *predict: object) -> dict:
-    """Dice in percent on the held-out cases; ``predict`` is the command, without the folders."""
+def held_out(name: str, model: Path, *predict: object, folder: str = "held_out") -> dict:
+    """Dice in percent on the held-out cases; ``predict`` is the command, without the folders.
+
+    Args:
+        folder: in that of the model, where the predictions go.
+    """
     raw = Path(os.environ["nnUNet_raw"], name)
-    output = model / "held_out"
+    output = model / folder
     if not (output / "summary.json").exists():
         command(*predict, "-i", raw / "imagesTs", "-o", output, "-m", model, "-f", 0, "-device", "cpu")
         files = ["-djfile", raw / "dataset.json", "-pfile", model / "plans.json", "-np", 1]
