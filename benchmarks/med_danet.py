@@ -11,17 +11,17 @@ What is done already is not done again, so a folder is for one set of arguments.
 import argparse
 import json
 import os
-import shutil
-import subprocess
 from itertools import combinations
 from pathlib import Path
 
 import machine
 import numpy as np
+import studies
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from scipy import ndimage
+from studies import command, hold_out
 from tumours import write_dataset
 
 from nnunet_dyn.trainers.med_danet import mean_costs
@@ -36,15 +36,6 @@ ROWS = {
 #: By schedule: a quarter of the guided epochs segment, so that all rows segment equally often.
 LONGER = {"guided": 4}
 PLANS = "nnUNetDynPlans"
-
-
-def command(*words: object) -> None:
-    """Run a command of nnU-Net or of this package; its output goes to ``log.txt`` in the folder."""
-    log = Path(os.environ["nnUNet_results"]).parent / "log.txt"
-    with log.open("a") as output:
-        status = subprocess.run([*map(str, words)], stdout=output, stderr=output).returncode
-    if status:
-        raise SystemExit(f"{words} ended with {status}; see {log}.")
 
 
 def prepare(args: argparse.Namespace) -> str:
@@ -73,51 +64,19 @@ def prepare(args: argparse.Namespace) -> str:
     return name
 
 
-def hold_out(source: Path, target: Path, test: int) -> None:
-    """Copy a data set; where it has no test cases with labels, its last ``test`` training cases become them."""
-    description = json.loads((source / "dataset.json").read_text())
-    shutil.copytree(source, target)
-    if (target / "labelsTs").is_dir():
-        return
-    ending = description["file_ending"]
-    for label in sorted((target / "labelsTr").glob(f"*{ending}"))[-test:]:
-        case = label.name.removesuffix(ending)
-        for kind, files in (("labels", [label]), ("images", (target / "imagesTr").glob(f"{case}_????{ending}"))):
-            (target / f"{kind}Ts").mkdir(exist_ok=True)
-            for file in list(files):
-                file.rename(target / f"{kind}Ts" / file.name)
-    description["numTraining"] -= test
-    (target / "dataset.json").write_text(json.dumps(description))
-
-
 def train(name: str, row: str, args: argparse.Namespace) -> Path:
     """Train one row on fold 0 and return the model folder."""
     epochs = args.epochs * LONGER.get(ROWS[row].get("schedule"), 1)
-    trainer = f"nnUNetTrainerMedDANetV2_{epochs}epochs_{args.iterations}iters"
-    model = Path(os.environ["nnUNet_results"], name, f"{trainer}__{PLANS}__2d_{row}")
-    if not (model / "fold_0" / "validation" / "summary.json").exists():
-        more = ["--c"] if any(model.glob("fold_0/checkpoint_*.pth")) else []
-        command("nnUNetv2_train", name, f"2d_{row}", 0, "-p", PLANS, "-tr", trainer, "-device", "cpu", *more)
-    return model
+    return studies.train(name, f"2d_{row}", f"nnUNetTrainerMedDANetV2_{epochs}epochs_{args.iterations}iters", PLANS)
 
 
 def evaluate(name: str, model: Path) -> dict:
     """Dice and costs on the held-out cases, of every pass that nnU-Net's predictor makes."""
-    raw = Path(os.environ["nnUNet_raw"], name)
-    output = model / "held_out"
-    if not (output / "summary.json").exists():
-        images = ["-i", raw / "imagesTs", "-o", output, "-m", model, "-f", 0, "-device", "cpu", "-npp", 1, "-nps", 1]
-        command("nnUNetv2_predict_from_modelfolder", *images)
-        files = ["-djfile", raw / "dataset.json", "-pfile", model / "plans.json", "-np", 1]
-        command("nnUNetv2_evaluate_folder", raw / "labelsTs", output, *files)
-    summary = json.loads((output / "summary.json").read_text())
-    dice = {label: round(100 * entry["Dice"], 2) for label, entry in summary["mean"].items()}
     calibration = model / "fold_0" / "calibration.json"
     return {
-        "dice": dice,
-        "mean_dice": round(100 * summary["foreground_mean"]["Dice"], 2),
+        **studies.held_out(name, model, "nnUNetv2_predict_from_modelfolder", "-npp", 1, "-nps", 1),
         "calibration": json.loads(calibration.read_text()) if calibration.exists() else None,
-        **costs(raw, model),
+        **costs(Path(os.environ["nnUNet_raw"], name), model),
     }
 
 
@@ -200,16 +159,10 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    for variable in ("raw", "preprocessed", "results"):
-        (args.folder / variable).mkdir(parents=True, exist_ok=True)
-        os.environ[f"nnUNet_{variable}"] = str(args.folder.absolute() / variable)
     generated = () if args.dataset is None else ("train", "slices", "size")
     own = {"folder", "dataset", "output", "rows", *generated}
     settings = {key: value for key, value in vars(args).items() if key not in own} | {"options": ROWS}
-    kept = args.folder / "settings.json"
-    if kept.exists() and json.loads(kept.read_text()) != settings:
-        raise SystemExit(f"{kept} has other settings than these arguments; take another folder.")
-    kept.write_text(json.dumps(settings))
+    studies.use(args.folder, settings)
     name = prepare(args)
     result = {"machine": machine.describe(), "dataset": name, "settings": settings, "rows": {}}
     for row in args.rows:

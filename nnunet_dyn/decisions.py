@@ -46,6 +46,10 @@ class Decision(Protocol):
     def mirrored(self, axes: Sequence[int], size: tuple[int, ...]) -> Decision:
         """The same for the tile flipped along ``axes``, 0 for its first spatial one."""
 
+    def within(self, image: Box) -> Decision:
+        """The same for a tile in which the image begins and ends at ``image``, in voxels of the tile: here ``review``
+        can depend on what lies at the image's border."""
+
     def to_json(self) -> dict:
         """The fields but for boxes, as JSON has them."""
 
@@ -110,7 +114,12 @@ class TileDecision:
             return tuple(moved)
 
         whole = tuple((0, size) for size in patch)
-        return cls(place(whole), tuple(place(box) for box in decision.computed(patch)), decision, macs)
+        image = tuple(
+            (int(pad - first), int(pad - first + size))
+            for (first, _), pad, size in list(zip(ranges, offset, shape, strict=True))[flat:]
+        )
+        boxes = tuple(place(box) for box in decision.computed(patch))
+        return cls(place(whole), boxes, decision.within(image), macs)
 
 
 @dataclass(frozen=True)

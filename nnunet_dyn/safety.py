@@ -7,8 +7,8 @@ of every class where the network looks, and let no lesion vanish whole.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from math import inf, isinf, prod
 
 import numpy as np
@@ -20,6 +20,8 @@ _EVEN = 0.5
 #: How far a threshold lies above the probability that sets it, in logits: another batch size, device or precision
 #: gives the same slice another last digit.
 _MARGIN = 0.1
+#: In which cases are left out in turn where a margin is judged.
+_PARTS = 5
 #: Margins of boxes are looked for up to this many voxels, or an eighth of the volume's side.
 _LEAST_MARGIN = 4
 
@@ -210,6 +212,8 @@ class BoxCalibration:
         ratio: the boxes' voxels to those of boxes drawn around the targets; ``None`` where there is no target.
         cases: how many there were.
         unseen: classes that the cases have no voxels of.
+        left_out: of each class, the share of voxels inside any box in cases that the margin was not set on, each part
+            of the cases in turn; what to expect of new ones. Empty for a single case, and where nothing was set.
     """
 
     margin: tuple[int, ...]
@@ -222,6 +226,7 @@ class BoxCalibration:
     ratio: float | None
     cases: int
     unseen: tuple[str, ...] = ()
+    left_out: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict:
         """The fields as JSON has them."""
@@ -239,6 +244,9 @@ class BoxCalibration:
         if case:
             text += f" Lowest: {case}, class {label}, {100 * share:.2f} %."
         text += f" Components lost whole: {self.lost_components}."
+        if self.left_out:
+            label, share = min(self.left_out.items(), key=lambda pair: pair[1])
+            text += f" In cases that the margin was not set on, the lowest is class {label}, {100 * share:.2f} %."
         if self.unseen:
             text += f" No voxels in the validation cases, so that nothing is known: {', '.join(self.unseen)}."
         if not self.is_safe:
@@ -329,8 +337,10 @@ class BoxEvidence:
     ) -> BoxCalibration:
         """The threshold and the smallest margin whose boxes are safe; of all that are, those of the fewest voxels.
 
-        Where none is safe, the one that loses the fewest components, then the fewest voxels. Where a class has no
-        voxels nothing is known of it, and the lowest threshold is taken with a margin of two voxels at least.
+        A margin fits the cases that it is set on, the more so the fewer these are. So a threshold is judged by the
+        cases that its margin is not set on, each of at most five parts in turn, and only then by the voxels. Where
+        none is safe, the one that loses the fewest components, then the fewest voxels. Where a class has no voxels
+        nothing is known of it, and the lowest threshold is taken with a margin of two voxels at least.
 
         Args:
             labels: every class that is to be found.
@@ -344,71 +354,122 @@ class BoxEvidence:
             raise ValueError(f"min_coverage got {min_coverage}; expected a share from 0 to 1.")
         if not self._cases:
             raise ValueError("No cases to calibrate on. Expected one in the validation fold.")
-        axes = len(self._cases[0].shape)
-        count = len(self._components)
-        names = np.array([label for _, label in self._components], dtype=object)
-        total = sum((np.bincount(c.component, c.voxels, count) for c in self._cases), np.zeros(count))
-        seen = sorted(set(names))
-
-        def held(threshold: float, margin: Sequence[int]) -> np.ndarray:
-            covered = np.zeros(count)
-            for case in self._cases:
-                inside = case.inside(threshold, np.asarray(margin))
-                covered += np.bincount(case.component, case.voxels * inside, count)
-            return covered
-
-        def coverage(covered: np.ndarray) -> dict[str, float]:
-            return {label: float(covered[names == label].sum() / total[names == label].sum()) for label in seen}
-
-        def lost(covered: np.ndarray) -> int:
-            return int(((covered == 0) & (total >= min_component)).sum())
-
-        def badness(covered: np.ndarray) -> tuple[int, float]:
-            return lost(covered), -min([min_coverage, *coverage(covered).values()])
-
-        def size(threshold: float, margin: Sequence[int]) -> int:
-            return sum(case.union(case.boxes[threshold], margin) for case in self._cases)
-
-        unseen = tuple(label for label in labels if label not in seen)
         thresholds, least = sorted(self._cases[0].boxes, reverse=True), 0
-        if unseen:  # nothing is known of them, so everything that may be one is kept
+        if self._unseen(labels):  # nothing is known of them, so everything that may be one is kept
             thresholds, least = thresholds[-1:], _LEAST_MARGIN // 2
-        largest = [max(_LEAST_MARGIN, max(case.shape[axis] for case in self._cases) // 8) for axis in range(axes)]
-        steps = range(least, max(largest) + 1)
-        margins = [tuple(min(step, limit) for limit in largest) for step in steps]
-        best = min(badness(held(threshold, margins[-1])) for threshold in thresholds)
+
+        def badness(held: np.ndarray) -> tuple[int, float]:
+            return self._badness(held, min_coverage, min_component)
+
+        parts = [self._cases[start::_PARTS] for start in range(min(_PARTS, len(self._cases)))]
         candidates = []
         for threshold in thresholds:
-            if badness(held(threshold, margins[-1])) > best:
-                continue
+            margin = self._margin(threshold, least, self._cases, badness)
+            left_out = np.full(len(self._components), np.nan)
+            for part in parts if len(parts) > 1 else []:
+                others = [case for case in self._cases if case not in part]
+                held = self._held(threshold, self._margin(threshold, least, others, badness), part)
+                left_out = np.where(np.isnan(held), left_out, held)
+            of_all = self._held(threshold, margin)
+            judged = left_out if len(parts) > 1 else of_all
+            order = (*badness(of_all), *badness(judged), self._voxels(threshold, margin), -threshold)
+            candidates.append((order, margin, left_out))
+        (*_, threshold), margin, left_out = min(candidates, key=lambda candidate: candidate[0])
+        found = self.measure(labels, -threshold, margin, min_coverage, min_component)
+        return replace(found, left_out=self._coverage(left_out))
+
+    def _margin(
+        self,
+        threshold: float,
+        least: int,
+        cases: Sequence[_BoxCase],
+        badness: Callable[[np.ndarray], tuple[int, float]],
+    ) -> tuple[int, ...]:
+        """The smallest margin per axis, of ``least`` voxels or more, that is no worse on ``cases`` than the largest."""
+        axes = len(self._cases[0].shape)
+        largest = [max(_LEAST_MARGIN, max(case.shape[axis] for case in self._cases) // 8) for axis in range(axes)]
+        margins = [tuple(min(step, limit) for limit in largest) for step in range(least, max(largest) + 1)]
+        best = badness(self._held(threshold, margins[-1], cases))
+
+        def smallest(trials: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
             # A larger margin never covers less.
-            margin = margins[
-                bisect_left(margins, True, key=lambda margin, t=threshold: badness(held(t, margin)) <= best)
-            ]
-            for axis in range(axes):
-                trials = [(*margin[:axis], less, *margin[axis + 1 :]) for less in range(least, margin[axis] + 1)]
-                margin = trials[bisect_left(trials, True, key=lambda m, t=threshold: badness(held(t, m)) <= best)]
-            candidates.append((size(threshold, margin), -threshold, margin))
-        voxels, threshold, margin = min(candidates)
-        covered = held(-threshold, margin)
+            return trials[bisect_left(trials, True, key=lambda m: badness(self._held(threshold, m, cases)) <= best)]
+
+        margin = smallest(margins)
+        for axis in range(axes):
+            margin = smallest([(*margin[:axis], less, *margin[axis + 1 :]) for less in range(least, margin[axis] + 1)])
+        return margin
+
+    def measure(
+        self,
+        labels: Collection[str],
+        score_threshold: float,
+        margin: Sequence[int],
+        min_coverage: float = 0.995,
+        min_component: int = 10,
+    ) -> BoxCalibration:
+        """What the boxes of a score and a margin hold, wherever these come from; arguments as :meth:`calibrate` has.
+
+        Args:
+            score_threshold: one of those that the cases were added with.
+        """
+        held, total = self._held(score_threshold, margin), self._total
         shares = {}
         for key in set(self._components):
             own = [pair == key for pair in self._components]
-            shares[key] = float(covered[own].sum() / total[own].sum())
+            shares[key] = float(held[own].sum() / total[own].sum())
         worst = min(((value, *key) for key, value in shares.items()), default=(1.0, "", ""))
-        tight = sum(case.union(case.tight, (0,) * axes) for case in self._cases)
+        voxels = self._voxels(score_threshold, margin)
+        tight = sum(case.union(case.tight, (0,) * len(margin)) for case in self._cases)
         return BoxCalibration(
-            margin,
-            -threshold,
-            coverage(covered),
+            tuple(margin),
+            score_threshold,
+            self._coverage(held),
             (*worst[1:], worst[0]),
-            lost(covered),
-            badness(covered) == (0, -min_coverage),
+            self._lost(held, min_component),
+            self._badness(held, min_coverage, min_component) == (0, -min_coverage),
             voxels / sum(prod(case.shape) for case in self._cases),
             voxels / tight if tight else None,
             len(self._cases),
-            unseen,
+            self._unseen(labels),
         )
+
+    @property
+    def _total(self) -> np.ndarray:
+        """Voxels of each component."""
+        count = len(self._components)
+        return sum((np.bincount(case.component, case.voxels, count) for case in self._cases), np.zeros(count))
+
+    def _held(self, threshold: float, margin: Sequence[int], cases: Sequence[_BoxCase] | None = None) -> np.ndarray:
+        """Those of each component that are inside any box; not a number for those of other cases than ``cases``."""
+        held = np.full(len(self._components), np.nan)
+        for case in self._cases if cases is None else cases:
+            held[np.unique(case.component)] = 0
+            inside = case.inside(threshold, np.asarray(margin))
+            np.add.at(held, case.component, case.voxels * inside)
+        return held
+
+    def _voxels(self, threshold: float, margin: Sequence[int]) -> int:
+        """Voxels of the grid inside any box."""
+        return sum(case.union(case.boxes[threshold], margin) for case in self._cases)
+
+    def _unseen(self, labels: Collection[str]) -> tuple[str, ...]:
+        seen = {label for _, label in self._components}
+        return tuple(label for label in labels if label not in seen)
+
+    def _coverage(self, held: np.ndarray) -> dict[str, float]:
+        """Share of the voxels of each class, among the components that are known."""
+        known, total = ~np.isnan(held), self._total
+        names = np.array([label for _, label in self._components], dtype=object)
+        groups = {label: known & (names == label) for label in sorted(set(names[known]))}
+        return {label: float(held[group].sum() / total[group].sum()) for label, group in groups.items()}
+
+    def _lost(self, held: np.ndarray, min_component: int) -> int:
+        return int(((held == 0) & (self._total >= min_component)).sum())
+
+    def _badness(self, held: np.ndarray, min_coverage: float, min_component: int) -> tuple[int, float]:
+        """What is to be lowest: components lost, then what the worst class lacks."""
+        return self._lost(held, min_component), -min([min_coverage, *self._coverage(held).values()])
 
 
 def _as_array(boxes: Sequence, axes: int) -> np.ndarray:

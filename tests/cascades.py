@@ -26,7 +26,7 @@ def find_the_cube(network):
     mask, sides = network.head.seg_layers["mask"], network.head.seg_layers["sides"]
     found = network.raw(x)["mask"][0]
     inside = torch.zeros(found.shape[1:], dtype=torch.bool)
-    inside[2:4, 2:5, 2:5] = True
+    inside[4:8, 4:10, 4:10] = True
     for label, logits in enumerate(found):
         low, high = logits[~inside].mean(), logits[inside].mean()
         scale = 4 / (high - low)

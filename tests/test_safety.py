@@ -199,6 +199,36 @@ class TestBoxes:
         found = self.evidence({0.5: [((5, 10), (5, 10), (5, 10))]}, targets, (40, 40, 40)).calibrate(["1"])
         assert found.margin == (0, 0, 1) and found.ratio == pytest.approx(7 / 6)
 
+    def test_a_margin_is_judged_by_cases_that_it_was_not_set_on(self):
+        """At 0.5 one case needs three voxels that the other does not tell of; at 0.1 larger boxes need none."""
+        exact, short, long = (((start, stop), (5, 10), (5, 10)) for start, stop in ((5, 10), (8, 10), (0, 14)))
+        targets = {"1": [np.s_[5:10, 5:10, 5:10]]}
+        made = self.evidence({0.5: [exact], 0.1: [long]}, targets)
+        alone = made.calibrate(["1"])
+        assert (alone.score_threshold, alone.left_out) == (0.5, {}) and "was not set on" not in str(alone)
+        self.add(made, {0.5: [short], 0.1: [long]}, targets, self.SHAPE, "b")
+        fewer = made.measure(["1"], 0.5, (3, 0, 0))
+        found = made.calibrate(["1"])
+        assert fewer.is_safe and fewer.volume < found.volume
+        assert (found.score_threshold, found.margin, found.left_out) == (0.1, (0, 0, 0), {"1": 1.0})
+        # Where nothing is better, what is to be expected is said: 2 of 5 slices in one case, all in the other.
+        made = self.evidence({0.5: [exact]}, targets)
+        self.add(made, {0.5: [short]}, targets, self.SHAPE, "b")
+        found = made.calibrate(["1"])
+        assert found.margin == (3, 0, 0) and found.is_safe and found.left_out == {"1": pytest.approx(0.7)}
+        assert "In cases that the margin was not set on, the lowest is class 1, 70.00 %." in str(found)
+        assert json.loads(json.dumps(found.to_json()))["left_out"] == {"1": pytest.approx(0.7)}
+
+    def test_settings_of_others_are_measured_as_they_are(self):
+        """On cases that calibration has not seen, nothing is chosen anew."""
+        made = self.evidence({0.5: [((6, 10), (5, 10), (5, 10))], 0.1: [((5, 10), (5, 10), (5, 10))]})
+        found = made.measure(["1", "2"], 0.5, (0, 0, 0))
+        assert (found.score_threshold, found.margin) == (0.5, (0, 0, 0)) and not found.is_safe
+        assert found.coverage == {"1": 0.8} and found.ratio == pytest.approx(0.8) and found.unseen == ("2",)
+        wider = made.measure(["1"], 0.5, (1, 0, 2))
+        assert wider.is_safe and wider.coverage == {"1": 1.0} and wider.ratio == pytest.approx(6 * 5 * 9 / 125)
+        assert made.calibrate(["1"]) == made.measure(["1"], 0.1, (0, 0, 0))
+
     def test_what_is_never_found_is_reported(self):
         made = self.evidence({0.5: [((5, 10), (5, 10), (5, 10))], 0.1: []})
         self.add(made, {0.5: [], 0.1: []}, {"1": [np.s_[2:7, 2:7, 2:7]]}, self.SHAPE, "b")

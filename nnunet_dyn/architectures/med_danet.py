@@ -205,6 +205,10 @@ class Decision:
         )
         return replace(self, box=box)
 
+    def within(self, image: Box) -> Decision:
+        """The same decision: it does not depend on where the slice lies."""
+        return self
+
     def computed(self, size: Size) -> tuple[Box, ...]:
         """What is segmented of a slice of ``size`` voxels."""
         if self.action == "skip":

@@ -64,7 +64,7 @@ class DetectorDecision:
         boxes: of each detection, with the margin, in voxels of the tile.
         classes, scores: of each detection.
         cost: multiply-accumulates as in :mod:`nnunet_dyn.accounting`.
-        review: never.
+        review: whether a box ends at the border of the image; not known before :meth:`within`.
     """
 
     boxes: tuple[Box, ...] = ()
@@ -81,6 +81,10 @@ class DetectorDecision:
     def mirrored(self, axes: Sequence[int], size: tuple[int, ...]) -> DetectorDecision:
         """The same for the tile of ``size`` voxels flipped along ``axes``, 0 for its first spatial one."""
         return replace(self, boxes=tuple(mirrored_box(box, axes, size) for box in self.boxes))
+
+    def within(self, image: Box) -> DetectorDecision:
+        """The same for a tile in which the image lies at ``image``, with ``review`` known."""
+        return replace(self, review=end_at_border(self.boxes, image))
 
     def to_json(self) -> dict:
         """The fields but for the boxes; ``macs`` is the cost."""
@@ -191,6 +195,21 @@ def mirrored_box(box: Box, axes: Sequence[int], size: Sequence[int]) -> Box:
     return tuple(
         (size[axis] - stop, size[axis] - start) if axis in axes else (start, stop)
         for axis, (start, stop) in enumerate(box)
+    )
+
+
+def end_at_border(boxes: Iterable[Box], image: Box) -> bool:
+    """Whether any of ``boxes`` ends at the border of an image that lies at ``image`` in the same voxels, or beyond it.
+
+    What such a box holds may have been cut off by the scan.
+
+    >>> end_at_border([((2, 8), (0, 4))], ((0, 16), (-4, 12)))
+    False
+    >>> end_at_border([((2, 8), (0, 4))], ((0, 16), (0, 16)))
+    True
+    """
+    return any(
+        start <= first or stop >= last for box in boxes for (start, stop), (first, last) in zip(box, image, strict=True)
     )
 
 

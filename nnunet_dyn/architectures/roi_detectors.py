@@ -8,6 +8,7 @@ from math import prod
 import numpy as np
 import torch
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from scipy import ndimage
 from torch import nn
@@ -18,23 +19,27 @@ from nnunet_dyn.architectures.roi import Box, Detection, DetectorNetwork, mask_b
 
 #: Weights of the boxes' L1 and generalised IoU beside the mask's losses, as in DETR (Carion et al. 2020).
 _L1, _GIOU = 5.0, 2.0
+#: Of the voxels, that the focal loss of a class is divided by at least: it may have hardly any, or none.
+_LEAST_SHARE = 1e-3
 
 
 class LowResDetector(DetectorNetwork):
-    """Finds targets in a whole volume at low resolution, by a coarse mask and a regressed box of each.
+    """Finds targets in a whole volume at low resolution, by a mask and a regressed box of each.
 
-    A residual encoder and a decoder that adds up as in a feature pyramid end at the resolution behind the first stage.
-    There, each voxel says of each class whether the class is in it, and how far the six (in 3D) sides of its target's
-    box are, as in FCOS (Tian et al. 2019), whose centre-ness is the mask's probability here. A connected component of
-    the mask is a detection. Its box is the union of the component's bounding box, which cannot miss what the mask has
-    found, and of the mean of its voxels' boxes, which reaches over what the mask leaves out.
+    A residual encoder and a decoder that adds up as in a feature pyramid work behind the first stage of the plan. At
+    its finest map, each voxel says of each class how far the six (in 3D) sides of its target's box are, as in FCOS
+    (Tian et al. 2019), whose centre-ness is the mask's probability here. The mask, which says of each class where it
+    is, has the resolution of the input: a thin layer there sees the input beside the decoder's map, since with sides
+    at every other voxel only, a small target's box is half again as wide. A connected component of the mask is a
+    detection. Its box is the union of the component's bounding box, which cannot miss what the mask has found, and of
+    the mean of its voxels' boxes, which reaches over what the mask leaves out.
 
     Args:
-        strides, kernel_sizes: of each stage, per axis, as nnU-Net plans them. Its first stage, at the resolution of the
-            input, is left out; the next one's is the resolution of the mask.
-        base_features, max_features: width of the first stage, doubled with each, and the limit to that.
+        strides, kernel_sizes: of each stage, per axis, as nnU-Net plans them. Of the first one, at the resolution of
+            the input, only the mask's layer is made.
+        base_features, max_features: width of the second stage, doubled with each, and the limit to that.
         blocks_per_stage: residual blocks.
-        pyramid: width of the decoder.
+        pyramid: width of the decoder, halved for the mask's layer.
 
     Raises:
         ValueError: see :class:`~nnunet_dyn.architectures.roi.DetectorNetwork`; lists of different lengths; an axis of
@@ -63,6 +68,7 @@ class LowResDetector(DetectorNetwork):
                 f"strides and kernel_sizes got {len(strides)} and {len(kernel_sizes)} entries; expected one a stage in "
                 "each, and two stages at least."
             )
+        finest = list(kernel_sizes[0])
         strides, kernel_sizes = strides[1:], kernel_sizes[1:]
         widths = [min(max_features, base_features * 2**index) for index in range(len(strides))]
         divisor = [prod(axis) for axis in zip(*strides, strict=True)]
@@ -93,11 +99,15 @@ class LowResDetector(DetectorNetwork):
             BasicBlockD(conv_op, pyramid, pyramid, list(kernel), [1] * len(kernel), **shared)
             for kernel in kernel_sizes[:-1]
         )
+        thin = max(1, pyramid // 2)
+        self.narrow = conv_op(pyramid, thin, 1)
+        self.stem = ConvDropoutNormReLU(conv_op, input_channels, thin, finest, 1, **shared)
+        self.refine = ConvDropoutNormReLU(conv_op, thin, thin, finest, 1, **shared)
         self.head = nn.Module()
         # nnU-Net passes over keys with ".seg_layers." when it loads pretrained weights.
         self.head.seg_layers = nn.ModuleDict(
             {
-                "mask": conv_op(pyramid, num_classes, 1),
+                "mask": conv_op(thin, num_classes, 1),
                 "sides": conv_op(pyramid, num_classes * 2 * len(self.patch_size), 1),
             }
         )
@@ -119,7 +129,9 @@ class LowResDetector(DetectorNetwork):
         Raises:
             ValueError: ``input_size`` is not divisible by the strides.
         """
-        size, total = list(input_size), np.int64(0)
+        size = list(input_size)
+        total = sum(layer.compute_conv_feature_map_size(size) for layer in (self.stem, self.refine))
+        total += np.int64(self.head.seg_layers["mask"].out_channels * prod(size))
         for index, stage in enumerate(self.stages):
             for block in stage:
                 total += block.compute_conv_feature_map_size(size)
@@ -128,13 +140,14 @@ class LowResDetector(DetectorNetwork):
             if index < len(self.smooth):
                 total += self.smooth[index].compute_conv_feature_map_size(size)
             if not index:
-                total += np.int64(sum(layer.out_channels for layer in self.head.seg_layers.values()) * prod(size))
+                channels = self.narrow.out_channels + self.head.seg_layers["sides"].out_channels
+                total += np.int64(channels * prod(size))
         return total
 
     def raw(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``x: (B, input_channels, *patch)`` → ``mask``, logits ``(B, num_classes, *coarse)``, and ``sides``, distances
+        """``x: (B, input_channels, *patch)`` → ``mask``, logits ``(B, num_classes, *patch)``, and ``sides``, distances
         in voxels from each coarse voxel's middle to the box's sides, ``(B, num_classes, 2, axes, *coarse)``."""
-        maps = []
+        fine, maps = self.stem(x), []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
@@ -142,7 +155,8 @@ class LowResDetector(DetectorNetwork):
         for index in reversed(range(len(self.smooth))):
             y = F.interpolate(y, maps[index].shape[2:], mode="nearest")
             y = self.smooth[index](y + self.lateral[index](maps[index]))
-        mask, sides = (self.head.seg_layers[name](y).float() for name in ("mask", "sides"))
+        fine = self.refine(fine + F.interpolate(self.narrow(y), fine.shape[2:], mode="nearest"))
+        mask, sides = (self.head.seg_layers[name](z).float() for name, z in (("mask", fine), ("sides", y)))
         extent = self._per_axis([size * step for size, step in zip(y.shape[2:], self.stride, strict=True)], sides)
         sides = F.softplus(sides).unflatten(1, (self.num_classes, 2, y.ndim - 2)) * extent
         return {"mask": mask, "sides": sides}
@@ -155,23 +169,29 @@ class LowResDetector(DetectorNetwork):
     # --- training ---
 
     def loss(self, outputs: dict[str, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
-        """Binary cross-entropy and Dice of the masks, L1 and generalised IoU of the boxes where there is a target.
+        """Focal loss and Dice of the masks, L1 and generalised IoU of the boxes where there is a target.
 
-        A coarse voxel is a target if any of its voxels is, so that small ones do not vanish; and every box counts the
-        same, as the mean over its voxels. Where a class has no target, only the masks count.
+        The focal loss is divided by the voxels of each class's targets (Lin et al. 2017): with a mean over all voxels
+        small targets are not found for thousands of iterations. Every coarse voxel that holds one of a target says
+        where its box ends; and every box counts the same, as the mean over them. Where a class has no target, only the
+        masks count.
         """
+        from torchvision.ops import sigmoid_focal_loss  # importing it takes a second
+
         masks, known = self.foreground(target)
         # The channel of the background, where there is one, stays as it is.
         logits, sides = (outputs[name][:, self.classes.start :] for name in ("mask", "sides"))
-        coarse, known = self._coarse(masks), ~self._coarse(~known.unsqueeze(1))
-        cross_entropy = F.binary_cross_entropy_with_logits(logits, coarse.float(), reduction="none")
-        total = (cross_entropy * known).sum() / known.expand_as(logits).sum().clamp(min=1)
+        known = known.unsqueeze(1)
         axes = tuple(range(2, logits.ndim))
+        focal = sigmoid_focal_loss(logits, masks.float(), alpha=0.5) * known
+        over = (0, *axes)
+        total = (focal.sum(over) / (masks & known).sum(over).clamp(min=_LEAST_SHARE * masks[:, 0].numel())).mean()
         probabilities = torch.sigmoid(logits) * known
-        overlap = (probabilities * coarse).sum(axes)
-        dice = (2 * overlap + 1) / (probabilities.sum(axes) + (coarse & known).sum(axes) + 1)
+        overlap = (probabilities * masks).sum(axes)
+        dice = (2 * overlap + 1) / (probabilities.sum(axes) + (masks & known).sum(axes) + 1)
         total = total + (1 - dice).mean()
-        found, wanted, share = self._sides_of_targets(masks, coarse & known, sides)
+        counts = self._coarse(masks) & ~self._coarse(~known)
+        found, wanted, share = self._sides_of_targets(masks, counts, sides)
         extent = torch.tensor(target.shape[2:], device=sides.device)
         per_voxel = _L1 * ((found - wanted).abs() / extent).mean((1, 2)) + _GIOU * (1 - generalised_iou(found, wanted))
         # Without a target nothing is to be found, but every parameter stays in the graph.
@@ -186,25 +206,25 @@ class LowResDetector(DetectorNetwork):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The distances to the sides that were found and those to be found, ``(N, 2, axes)`` each, for the ``N`` coarse
         voxels of targets, ``counts: (B, classes, *coarse)``, and each voxel's share of its box, ``(N,)``."""
-        axes = masks.ndim - 2
-        steps = torch.tensor(self.stride, device=sides.device)
-        found, wanted, share = [sides.new_zeros(0, 2, axes)], [sides.new_zeros(0, 2, axes)], [sides.new_zeros(0)]
+        axes, steps = masks.ndim - 2, np.array(self.stride)
+        where, boxes, share = [np.zeros((0, 2 + axes), int)], [np.zeros((0, axes, 2), int)], [np.zeros(0)]
+        counted = counts.cpu().numpy()
         for index, sample in enumerate(masks.cpu().numpy()):
             for channel, mask in enumerate(sample):
                 for box in mask_boxes(mask, gap=max(self.stride)):
-                    at = tuple(
-                        slice(start // step, -(-stop // step))
-                        for (start, stop), step in zip(box, self.stride, strict=True)
-                    )
-                    voxels = counts[(index, channel, *at)].nonzero()
-                    of_box = sides[(index, channel, slice(None), slice(None), *at)]
-                    found.append(of_box[(slice(None), slice(None), *voxels.unbind(1))].permute(2, 0, 1))
-                    share.append(sides.new_full((len(voxels),), 1 / max(1, len(voxels))))
-                    corner = torch.tensor([axis.start for axis in at], device=sides.device)
-                    middles = (voxels + corner + 0.5) * steps
-                    start, stop = torch.tensor(box, device=sides.device).unbind(1)
-                    wanted.append(torch.stack([middles - start, stop - middles], 1))
-        return torch.cat(found), torch.cat(wanted), torch.cat(share)
+                    at = [start // step for (start, _), step in zip(box, self.stride, strict=True)]
+                    stops = [-(-stop // step) for (_, stop), step in zip(box, self.stride, strict=True)]
+                    inside = tuple(map(slice, at, stops))
+                    voxels = np.argwhere(counted[(index, channel, *inside)]) + at
+                    where.append(np.insert(voxels, 0, [[index], [channel]], 1))
+                    boxes.append(np.broadcast_to(box, (len(voxels), axes, 2)))
+                    share.append(np.full(len(voxels), 1 / max(1, len(voxels))))
+        where, boxes = np.concatenate(where), np.concatenate(boxes)
+        middles = (where[:, 2:] + 0.5) * steps
+        wanted = np.stack([middles - boxes[..., 0], boxes[..., 1] - middles], 1)
+        sample, channel, *voxel = torch.from_numpy(where).to(sides.device).unbind(1)
+        found = sides[(sample, channel, slice(None), slice(None), *voxel)]
+        return found, *(torch.from_numpy(x).to(sides) for x in (wanted, np.concatenate(share)))
 
     # --- evaluation ---
 
@@ -228,26 +248,22 @@ class LowResDetector(DetectorNetwork):
         for number, extent in enumerate(ndimage.find_objects(components), 1):
             voxels = np.nonzero(components[extent] == number)
             voxels = tuple(index + axis.start for index, axis in zip(voxels, extent, strict=True))
+            coarse = tuple(index // step for index, step in zip(voxels, self.stride, strict=True))
             weight = probability[voxels]
             box = []
             for axis, (part, step, size) in enumerate(zip(extent, self.stride, patch, strict=True)):
-                middle = (voxels[axis] + 0.5) * step
-                start = np.average(middle - sides[(0, axis, *voxels)], weights=weight)
-                stop = np.average(middle + sides[(1, axis, *voxels)], weights=weight)
+                middle = (coarse[axis] + 0.5) * step
+                start = np.average(middle - sides[(0, axis, *coarse)], weights=weight)
+                stop = np.average(middle + sides[(1, axis, *coarse)], weights=weight)
                 box.append(
-                    (
-                        max(0, min(part.start * step, round(float(start)))),
-                        min(int(size), max(part.stop * step, round(float(stop)))),
-                    )
+                    (max(0, min(part.start, round(float(start)))), min(int(size), max(part.stop, round(float(stop)))))
                 )
             boxes.append(tuple(box))
         return [Detection(box, self._score(probability, box)) for box in merge(boxes)]
 
-    def _score(self, probability: np.ndarray, box: Box) -> float:
-        inside = tuple(
-            slice(start // step, -(-stop // step)) for (start, stop), step in zip(box, self.stride, strict=True)
-        )
-        return float(probability[inside].max())
+    @staticmethod
+    def _score(probability: np.ndarray, box: Box) -> float:
+        return float(probability[tuple(slice(start, stop) for start, stop in box)].max())
 
 
 def generalised_iou(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

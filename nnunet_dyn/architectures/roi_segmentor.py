@@ -39,6 +39,7 @@ from nnunet_dyn.architectures.roi import (
     Labels,
     component_boxes,
     connected_targets,
+    end_at_border,
     enlarge,
     merge,
     mirrored_box,
@@ -127,7 +128,7 @@ class ROIDecision:
         stages: of each crop, the active stages of a network that skips some; empty for any other network.
         cost: multiply-accumulates of the crops as in :mod:`nnunet_dyn.accounting`; 0 before they are run, since looking
             at a gate takes none.
-        review: never: a tile does not show whether its ROI was cut off by the border of the image.
+        review: whether an ROI, with its margin, ends at the border of the image; not known before :meth:`within`.
     """
 
     boxes: tuple[Box, ...] = ()
@@ -150,6 +151,10 @@ class ROIDecision:
             tuple(mirrored_box(box, axes, size) for box in either) for either in (self.boxes, self.targets)
         )
         return replace(self, boxes=boxes, targets=targets)
+
+    def within(self, image: Box) -> ROIDecision:
+        """The same for a tile in which the image lies at ``image``, with ``review`` known."""
+        return replace(self, review=end_at_border(self.targets, image))
 
     def to_json(self) -> dict:
         """The fields but for the boxes; ``macs`` is the cost of one pass."""

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
+from math import pi
 from pathlib import Path
 from pydoc import locate
 from typing import ClassVar
@@ -164,12 +165,15 @@ class ROICascadeTrainer(CalibratedTrainer):
         min_coverage: share of the voxels of every class that the detector's boxes must hold.
         min_component: components of this many voxels or more must not be outside them whole.
         fine_tuning: share of the epochs in which the segmentor sees the detector's boxes.
+        detector_rotation: the largest angle by which augmentation turns a volume for the detector, half of nnU-Net's:
+            one that fills its patch is turned out of it.
         detector_lr: of AdamW, with nnU-Net's polynomial decay. The paper has 1e-3 to 2e-3 (Section 4.6).
     """
 
     min_coverage: ClassVar[float] = 0.995
     min_component: ClassVar[int] = 10
     fine_tuning: ClassVar[float] = 0.2
+    detector_rotation: ClassVar[float] = pi / 12
     detector_lr: ClassVar[float] = 2e-3
 
     def __init__(
@@ -232,10 +236,12 @@ class ROICascadeTrainer(CalibratedTrainer):
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
-        found = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        rotation, is_2d, initial_patch, mirrored = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         if self.is_detector:
             self.inference_allowed_mirroring_axes = None  # boxes are not averaged, and one pass has calibrated margins
-        return found
+            rotation = (-self.detector_rotation, self.detector_rotation)
+            mirrored = ()  # what is never seen mirrored need not be learnt so; sides of the body stay apart
+        return rotation, is_2d, initial_patch, mirrored
 
     @staticmethod
     def get_training_transforms(*args, **kwargs):
@@ -326,14 +332,10 @@ class ROICascadeTrainer(CalibratedTrainer):
         data, segmentation, _, _ = self.dataset_class(self.preprocessed_dataset_folder, [key]).load_case(key)
         shape = data.shape[1:]
         labels = np.asarray((segmentation if fine is None else fine.load_case(key)[1])[0])
+        network, patch = self.module, self.configuration_manager.patch_size
         with self._autocast():
-            boxes = self._boxes(torch.from_numpy(np.asarray(data[:])))
-        targets, tight = [], []
-        for entry in self._classes:
-            components, corner = connected_targets(np.isin(labels, entry))
-            targets.append((str(entry), components, corner))
-            tight += [_scaled(box, labels.shape, shape) for box in component_boxes(components, corner)]
-        evidence.add_case(key, shape, labels.shape, targets, boxes, tight)
+            found = boxes_of_case(network, torch.from_numpy(np.asarray(data[:])).to(self.device), patch, SCORES)
+        add_case(evidence, key, labels, self._classes, shape, found)
 
     def _next_stage(self, keys: Sequence[str]) -> nnUNetBaseDataset | None:
         """The cases on the grid that will be segmented, or ``None`` where they are not all there."""
@@ -349,29 +351,6 @@ class ROICascadeTrainer(CalibratedTrainer):
             return dataset
         self.print_to_log_file(f"{name} has not all cases preprocessed: calibrating on the detector's own grid.")
         return None
-
-    def _boxes(self, data: torch.Tensor) -> dict[float, list[Box]]:
-        """The detector's boxes of a case, ``(C, *spatial)``, by the score they reach, in any tile of it."""
-        network, patch = self.module, tuple(self.configuration_manager.patch_size)
-        padded, revert = pad_nd_image(data.float(), patch, "constant", {"value": 0}, True)
-        before = [part.start for part in revert[1:]]
-        boxes: dict[float, list[Box]] = {score: [] for score in SCORES}
-        for corner in product(*compute_steps_for_sliding_window(padded.shape[1:], patch, 0.5)):
-            window = tuple(slice(start, start + size) for start, size in zip(corner, patch, strict=True))
-            outputs = network.raw(padded[(slice(None), *window)][None].to(self.device))
-            for score in SCORES:
-                network.score_threshold.fill_(score)
-                for found in network.read(outputs, patch)[0].values():
-                    for one in found:
-                        box = tuple(
-                            (max(0, start + at - pad), min(size, stop + at - pad))
-                            for (start, stop), at, pad, size in zip(
-                                one.box, corner, before, data.shape[1:], strict=True
-                            )
-                        )
-                        if all(start < stop for start, stop in box):
-                            boxes[score].append(box)
-        return boxes
 
     # --- segmentor ---
 
@@ -442,6 +421,60 @@ class ROICascadeTrainer(CalibratedTrainer):
                     f"{type(self).__name__}, then run this command again with --val."
                 )
         super().perform_actual_validation(save_probabilities)
+
+
+@torch.no_grad()
+def boxes_of_case(
+    network: DetectorNetwork, data: torch.Tensor, patch: Sequence[int], scores: Sequence[float]
+) -> dict[float, dict[int, list[Box]]]:
+    """The boxes of a case, ``data: (C, *spatial)``, in any tile of it, as ``nnUNetv2_predict`` would tile it.
+
+    Args:
+        scores: thresholds that detections are asked to reach; the network's own is another one afterwards.
+
+    Returns:
+        By score, then by class, without the margin.
+    """
+    padded, revert = pad_nd_image(data.float(), tuple(patch), "constant", {"value": 0}, True)
+    before = [part.start for part in revert[1:]]
+    boxes: dict[float, dict[int, list[Box]]] = {score: {label: [] for label in network.classes} for score in scores}
+    for corner in product(*compute_steps_for_sliding_window(padded.shape[1:], patch, 0.5)):
+        window = tuple(slice(start, start + size) for start, size in zip(corner, patch, strict=True))
+        outputs = network.raw(padded[(slice(None), *window)][None])
+        for score in scores:
+            network.score_threshold.fill_(score)
+            for label, found in network.read(outputs, patch)[0].items():
+                for one in found:
+                    box = tuple(
+                        (max(0, start + at - pad), min(size, stop + at - pad))
+                        for (start, stop), at, pad, size in zip(one.box, corner, before, data.shape[1:], strict=True)
+                    )
+                    if all(start < stop for start, stop in box):
+                        boxes[score][label].append(box)
+    return boxes
+
+
+def add_case(
+    evidence: BoxEvidence,
+    case: str,
+    labels: np.ndarray,
+    classes: Sequence[int | Sequence[int]],
+    shape: Sequence[int],
+    found: Mapping[float, Mapping[int, Sequence[Box]]],
+) -> None:
+    """Add a case to ``evidence`` by its ``labels`` on the grid that is segmented, and what :func:`boxes_of_case` found.
+
+    Args:
+        classes: a label each, or for a region the labels in it.
+        shape: of the case on the detector's grid.
+    """
+    targets, tight = [], []
+    for entry in classes:
+        components, corner = connected_targets(np.isin(labels, entry))
+        targets.append((str(entry), components, corner))
+        tight += [_scaled(box, labels.shape, shape) for box in component_boxes(components, corner)]
+    boxes = {score: [box for of_class in of_score.values() for box in of_class] for score, of_score in found.items()}
+    evidence.add_case(case, shape, labels.shape, targets, boxes, tight)
 
 
 def _scaled(box: Box, shape: Sequence[int], to: Sequence[int]) -> Box:

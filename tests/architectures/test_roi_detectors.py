@@ -113,10 +113,21 @@ def test_every_box_counts_the_same():
         labels = torch.zeros(1, 1, 16, 16, 16, dtype=torch.int16)
         labels[0, 0, :2, :2, :4], labels[0, 0, 10 : 10 + length, 10:12, 10:12] = 1, 2
         sides = torch.full((1, 3, 2, 3, 8, 8, 8), 3.0, requires_grad=True)
-        network.loss({"mask": torch.zeros(1, 3, 8, 8, 8), "sides": sides}, labels).backward()
+        network.loss({"mask": torch.zeros(1, 3, 16, 16, 16), "sides": sides}, labels).backward()
         weight.append(sides.grad[0, 1])
         assert weight[-1].any() and sides.grad[0, 2].any()
     assert torch.allclose(*weight)
+
+
+def test_the_masks_of_small_targets_count_as_much():
+    """What is missing of a target of 27 voxels pulls nearly as hard as what is missing of one of 512."""
+    network = detector()
+    labels = torch.zeros(1, 1, 16, 16, 16, dtype=torch.int16)
+    labels[0, 0, :3, :3, :3], labels[0, 0, 8:, 8:, 8:] = 1, 2
+    mask = torch.full((1, 3, 16, 16, 16), -3.0, requires_grad=True)
+    network.loss({"mask": mask, "sides": torch.ones(1, 3, 2, 3, 8, 8, 8)}, labels).backward()
+    small, large = (mask.grad[0, label][labels[0, 0] == label].sum() for label in (1, 2))
+    assert small < 0 and 0.5 < small / large < 2
 
 
 def test_ignored_voxels_do_not_count():
@@ -128,9 +139,9 @@ def test_ignored_voxels_do_not_count():
     labels[0, 0, :, :4] = 3
     before = network.loss(outputs, labels)
     outputs["mask"] = outputs["mask"].clone()
-    outputs["mask"][:, :, :, :2] += 5  # only there
+    outputs["mask"][:, :, :, :4] += 5  # only there
     assert torch.allclose(network.loss(outputs, labels), before)
-    outputs["mask"][:, :, :, 2:] += 5
+    outputs["mask"][:, :, :, 4:] += 5
     assert not torch.allclose(network.loss(outputs, labels), before)
     regions = torch.cat([labels == 1, labels == 2, labels == 9, labels == 3], 1)
     network.set_labels(True, 3)
@@ -152,6 +163,20 @@ def test_wrong_plans_are_refused():
         detector(patch_size=[16, 18, 16])
     with pytest.raises(ValueError, match="got 3 and 1 entries"):
         detector(kernel_sizes=[[3, 3, 3]])
+
+
+def test_a_mask_as_fine_as_the_input():
+    """Sides of boxes lie at any voxel, not at every other one."""
+    network = detector()
+    mask, sides = torch.full((1, 3, 16, 16, 16), -9.0), torch.zeros(1, 3, 2, 3, 8, 8, 8)
+    mask[0, 1, 3:8, 5:6, 7:12] = 2
+    assert network.raw(torch.zeros(1, 1, 16, 16, 16))["mask"].shape == mask.shape
+    (found,) = network.read({"mask": mask, "sides": sides}, (16, 16, 16))
+    assert [one.box for one in found[1]] == [((3, 8), (5, 6), (7, 12))] and not found[2]
+    # What the mask leaves out, the sides reach.
+    sides[0, 1, 1, 0] = 10
+    (found,) = network.read({"mask": mask, "sides": sides}, (16, 16, 16))
+    assert found[1][0].box == ((3, 15), (5, 6), (7, 12))
 
 
 def test_two_dimensions():

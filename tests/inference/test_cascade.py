@@ -142,6 +142,10 @@ def test_detector_and_segmentor_in_one_call(roi_results, wide, tmp_path, capsys)
     assert saved == of_two and saved["warnings"] == [] and set(saved["totals"]["shares"]) == {"crop", "skip"}
     assert saved["folds"][0]["decisions"][0].keys() >= {"boxes", "stages", "action", "macs", "image_boxes"}
     assert set(detected["totals"]["shares"]) == {"detect"} and detected["mirrored_copies"] == 1
+    shape = detected["preprocessed_shape"]
+    for tile in detected["folds"][0]["decisions"]:
+        ends = [a == 0 or b == size for box in tile["boxes"] for (a, b), size in zip(box, shape, strict=True)]
+        assert tile["review"] == any(ends)
     inside = np.zeros_like(boxes)
     for tile in detected["folds"][0]["decisions"]:
         assert len(tile["image_boxes"]) == len(tile["classes"]) == len(tile["scores"])

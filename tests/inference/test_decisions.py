@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import models
 import numpy as np
@@ -12,6 +13,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_dyn import cli
 from nnunet_dyn.architectures.med_danet import Decision
+from nnunet_dyn.architectures.roi import DetectorDecision
+from nnunet_dyn.architectures.roi_segmentor import ROIDecision
 from nnunet_dyn.decisions import CaseDecisions, DecidingNetwork, TileDecision
 from nnunet_dyn.errors import UsageError
 from nnunet_dyn.inference import Predictor
@@ -201,6 +204,26 @@ def test_places_in_the_preprocessed_image_by_hand():
     assert TileDecision.make(solid, (0, 0, 0), (9, 10, 7), skip, 0) == TileDecision(
         ((2, 6), (0, 8), (0, 6)), (), skip, 0
     )
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        (((1, 5), (2, 6), (0, 3)), False),  # where the tile begins, and the image goes on
+        (((1, 5), (2, 8), (2, 3)), False),
+        (((0, 5), (2, 6), (2, 3)), False),
+        (((1, 8), (2, 6), (2, 3)), True),  # where the image ends, two voxels ahead of the padded one
+        (((1, 5), (1, 6), (2, 3)), True),
+    ],
+)
+@pytest.mark.parametrize("kind", ["detector", "segmentor"])
+def test_a_box_at_the_images_border_is_for_review(box, expected, kind):
+    """A tile of 10×8×6 at 4, 0, 3; the image of 9×9×20 was padded by 3 and 2 before and behind, 1 and 1, nothing."""
+    slicer = (slice(None), slice(4, 14), slice(0, 8), slice(3, 9))
+    decision = DetectorDecision((box,), (1,), (0.9,)) if kind == "detector" else ROIDecision((box,), (box,))
+    made = TileDecision.make(slicer, (3, 1, 0), (9, 9, 20), decision, 0)
+    assert made.decision.review == expected == made.decision.to_json()["review"]
+    assert replace(made.decision, review=False) == decision
 
 
 def test_places_in_the_image_by_hand():

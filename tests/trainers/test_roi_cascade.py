@@ -130,6 +130,16 @@ class TestDetector:
         for _ in range(5):
             assert {1, 2} <= set(next(validation)["target"].unique().tolist())
 
+    def test_volumes_are_turned_less_and_never_mirrored(self, make):
+        """Nor are they in prediction; a right organ that is mirrored looks like the left one."""
+        kinds = {}
+        for configuration in ("3d_detect", "3d_roi"):
+            trainer = make(configuration)
+            rotation, _, _, mirrored = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+            kinds[configuration] = (np.degrees(rotation).round(3).tolist(), mirrored)
+            assert trainer.inference_allowed_mirroring_axes == (mirrored or None)
+        assert kinds == {"3d_detect": ([-15, 15], ()), "3d_roi": ([-30, 30], (0, 1, 2))}
+
     def test_calibration_counts_on_the_segmentors_grid(self, make, monkeypatch):
         """A detector that finds boxes of another size: on its grid label 1 is at 1–4, 2–6, 2–5, label 2 at 7–9, …"""
         trainer = make("3d_detect")
