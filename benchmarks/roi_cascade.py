@@ -50,8 +50,7 @@ TEMPLATES = Path(__file__).parents[1] / "nnunet_dyn" / "plans_templates"
 NO_CLASSES = ("background", "ignore")
 #: By row, the trainer of both stages.
 FAMILIES = {"cascade": "nnUNetTrainerROICascade", "tri_plane": "nnUNetTrainerROICascadeTriPlane"}
-#: Of :func:`overlaps`, and where its rows have them.
-KINDS = {"without_margin": 2, "as_used": 3}
+IOU_NAMES = {str(SCORES[0]): f"score {SCORES[0]}, no margin", "as_used": "as used"}
 ROW_NAMES = {"stock": "nnU-Net", "cascade": "ROI cascade", "tri_plane": "ROI cascade, tri-plane detector"}
 #: What the part ``cost`` measures.
 MEASURED = ("commands", "commands_without_mirroring", "volume", "target")
@@ -208,13 +207,16 @@ def boxes_on_held_out(name: str, model: Path) -> dict:
         found = boxes_of_case(network, data, configuration.patch_size, SCORES)
         add_case(evidence, case, targets, classes, shape, found)
         scale = [size / coarse for size, coarse in zip(targets.shape, shape, strict=True)]
-        for entry, boxes in zip(classes, found[score].values(), strict=True):
-            raw_boxes = [scaled(box, scale) for box in boxes]
-            used = [scaled(enlarge(box, margin, shape), scale) for box in boxes]
+        for entry, label in zip(classes, found[score], strict=True):
+            boxes = {str(other): of_score[label] for other, of_score in found.items()}
+            boxes["as_used"] = [enlarge(box, margin, shape) for box in found[score][label]]
             for target in mask_boxes(np.isin(targets, entry), gap=round(2 * max(scale))):
                 side = max(stop - start for start, stop in target)
-                best = [max((overlap(target, box) for box in each), default=0.0) for each in (raw_boxes, used)]
-                compared.append((str(entry), side, *best))
+                best = {
+                    kind: max((overlap(target, scaled(box, scale)) for box in each), default=0.0)
+                    for kind, each in boxes.items()
+                }
+                compared.append((str(entry), side, best))
     names = [str(entry) for entry in classes]
     return {
         "as_used": evidence.measure(names, score, margin).to_json(),
@@ -241,11 +243,12 @@ def overlap(one: Box, other: Box) -> float:
     return both / (volume(one) + volume(other) - both)
 
 
-def overlaps(compared: Sequence[tuple[str, int, float, float]]) -> dict:
+def overlaps(compared: Sequence[tuple[str, int, dict[str, float]]]) -> dict:
     """Mean box IoU by the size of the target and by its class, each with the number of targets.
 
     Args:
-        compared: of each target its class, its longest side, and the best IoU of a box without and with the margin.
+        compared: of each target its class, its longest side, and the best IoU of a box by score, without the margin,
+            and as used.
     """
     limits, groups = [0, *SIZES.values()], {}
     for (size, upper), lower in zip(SIZES.items(), limits, strict=False):
@@ -255,7 +258,7 @@ def overlaps(compared: Sequence[tuple[str, int, float, float]]) -> dict:
         groups[f"class {label}"] = [row for row in compared if row[0] == label]
     return {
         group: {"targets": len(rows)}
-        | {kind: round(mean(row[at] for row in rows), 4) if rows else None for kind, at in KINDS.items()}
+        | {kind: round(mean(row[2][kind] for row in rows), 4) for kind in (rows[0][2] if rows else ())}
         for group, rows in groups.items()
     }
 
@@ -436,10 +439,10 @@ def draw_accuracy(result: dict, path: Path) -> None:
     dice.legend()
     for place, (row, found) in enumerate(detectors.items()):
         sizes = [size for size in SIZES if found["iou"][size]["targets"]]
-        for kind, more in (("without_margin", 0.0), ("as_used", 0.2)):
+        for kind, more in ((str(SCORES[0]), 0.0), ("as_used", 0.2)):
             at = np.arange(len(sizes)) + 0.4 * place - 0.3 + more
             values = [found["iou"][size][kind] for size in sizes]
-            iou.bar(at, values, 0.2, label=f"{ROW_NAMES[row]}, {kind.replace('_', ' ')}")
+            iou.bar(at, values, 0.2, label=f"{ROW_NAMES[row]}, {IOU_NAMES[kind]}")
         iou.set_xticks(np.arange(len(sizes)), [f"{size}, {found['iou'][size]['targets']}" for size in sizes])
     iou.set_ylabel("box IoU")
     iou.set_xlabel("size and number of targets")
