@@ -317,7 +317,7 @@ def _paste(x: torch.Tensor, boxes: Sequence[Box], full: Size) -> torch.Tensor:
 # --- networks that decide ----------------------------------------------------------------------------------------
 
 
-class DecidingNetwork(ShuffleNetV2):
+class GuidedShuffleNet(ShuffleNetV2):
     """Torchvision's ShuffleNetV2 0.5×, which in training may also say where there is foreground (``guidance``).
 
     Args:
@@ -328,6 +328,13 @@ class DecidingNetwork(ShuffleNetV2):
         super().__init__([4, 8, 4], [24, 48, 96, 192, 1024], num_classes=outputs)
         self.conv1[0] = nn.Conv2d(input_channels, self.conv1[0].out_channels, 3, 2, 1, bias=False)
         self.where = nn.ModuleList(nn.Conv2d(channels, 1, 1) for channels in (48, 96, 1024) if guided)
+        self.register_load_state_dict_pre_hook(self._add_missing_maps)
+
+    @staticmethod
+    def _add_missing_maps(network: GuidedShuffleNet, weights: dict, prefix: str, *_) -> None:
+        """Checkpoints from before there were maps, which only training needs, load all the same."""
+        for name, value in network.where.state_dict(prefix=f"{prefix}where.").items():
+            weights.setdefault(name, value)
 
     def with_maps(self, view: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """``(B, C, H, W)`` → what :meth:`forward` returns, and logits ``(B, 1, H', W')`` of foreground in each cell."""
@@ -424,8 +431,8 @@ class MedDANetV2(nn.Module):
         self.divisor: Size = tuple(prod(axis) for axis in zip(*encoder.strides, strict=True))
         space = self.options.policy_space
         guided = self.options.guidance > 0
-        self.policy = DecidingNetwork(input_channels, len(space), guided) if len(space) > 1 else None
-        self.position = DecidingNetwork(input_channels, 2, guided) if self.options.crops else None
+        self.policy = GuidedShuffleNet(input_channels, len(space), guided) if len(space) > 1 else None
+        self.position = GuidedShuffleNet(input_channels, 2, guided) if self.options.crops else None
         self.crop_tail = _Tail(decoder) if self.options.crops else None
         self.n_encoder_stages, self.n_stages = len(encoder.stages), len(encoder.stages) + len(decoder.stages)
         self.selectors = nn.ModuleList()
@@ -537,7 +544,7 @@ class MedDANetV2(nn.Module):
         - ``logits``: a list of ``(B, num_classes, H, W)``;
         - ``scores``: the policy's logits, ``(B, choices)``, if there is a policy network;
         - ``policy_maps``, ``position_maps``: under guidance, where these networks see foreground
-          (:meth:`DecidingNetwork.with_maps`);
+          (:meth:`GuidedShuffleNet.with_maps`);
         - ``choice``: ``(B, choices)``, one-hot, by straight-through Gumbel-softmax while the policy learns;
         - ``corners``: of each crop size, ``(B, 2)``;
         - ``cost``: of what was chosen, relative to the whole slice in full precision, ``(B,)``.

@@ -562,6 +562,22 @@ def test_the_cost_reaches_the_policy_and_the_selectors_only():
     assert reached == {"policy", "selectors"}
 
 
+def test_maps_are_beside_what_the_network_returns_and_checkpoints_without_them_load():
+    network = build().eval()
+    x = torch.randn(2, 2, *PATCH)
+    with torch.no_grad():
+        scores, maps = network.policy.with_maps(x)
+        assert torch.equal(scores, network.policy(x))
+    assert [tuple(logits.shape[1:]) for logits in maps] == [
+        (1, *(-(-side // s) for side in PATCH)) for s in (8, 16, 32)
+    ]
+    older = {key: value for key, value in network.state_dict().items() if ".where." not in key}
+    again = build(seed=1).eval()
+    again.load_state_dict(older)
+    with torch.no_grad():
+        assert torch.equal(again.policy(x), scores)
+
+
 def test_gradients_reach_the_position_network_through_the_crop_and_its_restoration():
     network = build(guidance=0).train()
     network.enter(replace(EVERYTHING, learns=frozenset({"position"})))
