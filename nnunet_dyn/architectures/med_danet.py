@@ -92,7 +92,7 @@ SCHEDULES: dict[str, tuple[Phase, ...]] = {
         Phase("policy", 50 / 350, frozenset({"policy"}), False, True, True),
     ),
     "guided": (
-        Phase("deciding", 0.75, frozenset({"policy", "position"}), False, False, False, segments=False, rate=5.0),
+        Phase("deciding", 0.75, frozenset({"policy", "position"}), False, False, False, segments=False, rate=15.0),
         Phase("full precision", 0.15, frozenset({"segmentation", "policy", "position"}), False, False, True),
         Phase("bits", 0.05, frozenset({"segmentation", "position", "selectors"}), False, True, True),
         Phase("everything", 0.05, frozenset(PARTS), False, True, True),

@@ -239,7 +239,7 @@ def test_each_parts_learning_rate_rises_and_falls_over_its_own_epochs(prepared):
     guided = prepared(f"{NAME}_80epochs", schedule="guided")
     guided.initialize()
     guided.lr_scheduler.step(30)
-    policy, position = (1e-3 * (1 - 30 / own) ** 0.9 for own in (76, 80))
+    policy, position = (3e-3 * (1 - 30 / own) ** 0.9 for own in (76, 80))
     assert [group["lr"] for group in guided.optimizer.param_groups] == pytest.approx([0, policy, position, 0])
     trainer.lr_scheduler.step(-1)  # PyTorch's way to say "the next one"
     assert trainer.optimizer.param_groups[0]["lr"] == rates["segmentation"][trainer.lr_scheduler.ctr - 1]
