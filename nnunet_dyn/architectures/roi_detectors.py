@@ -232,11 +232,11 @@ class LowResDetector(DetectorNetwork):
     def read(self, outputs: dict[str, torch.Tensor], patch: Sequence[int]) -> list[dict[int, list[Detection]]]:
         """The boxes of each sample by class. Their score is the highest probability in the component; its voxels are
         those whose probability reaches the threshold."""
-        threshold = float(self.score_threshold)
+        thresholds = self.score_threshold.tolist()
         probabilities = torch.sigmoid(outputs["mask"].float()).cpu().numpy()  # numpy has no bf16
         sides = outputs["sides"].float().cpu().numpy()
         return [
-            {label: self._found(sample[label], distances[label], threshold, patch) for label in self.classes}
+            {label: self._found(sample[label], distances[label], thresholds[label], patch) for label in self.classes}
             for sample, distances in zip(probabilities, sides, strict=True)
         ]
 
