@@ -207,13 +207,14 @@ class BoxCalibration:
         coverage: of each class, the share of voxels inside any box.
         worst: case and class of the lowest coverage, and that coverage.
         lost_components: connected components of the size that counts of which nothing is inside a box.
-        is_safe: whether every class is covered as asked for and no component is lost.
+        is_safe: whether every class is covered as asked for and no component is lost, in the cases left out, too.
         volume: share of all voxels that are inside a box; what is run are the crops around them, which are larger.
         ratio: the boxes' voxels to those of boxes drawn around the targets; ``None`` where there is no target.
         cases: how many there were.
         unseen: classes that the cases have no voxels of.
         left_out: of each class, the share of voxels inside any box in cases that the margin was not set on, each part
             of the cases in turn; what to expect of new ones. Empty for a single case, and where nothing was set.
+        left_out_lost: components lost there, as ``lost_components``.
     """
 
     margin: dict[str, tuple[int, ...]]
@@ -227,6 +228,7 @@ class BoxCalibration:
     cases: int
     unseen: tuple[str, ...] = ()
     left_out: dict[str, float] = field(default_factory=dict)
+    left_out_lost: int = 0
 
     def to_json(self) -> dict:
         """The fields as JSON has them."""
@@ -248,7 +250,10 @@ class BoxCalibration:
         text += f" Components lost whole: {self.lost_components}."
         if self.left_out:
             label, share = min(self.left_out.items(), key=lambda pair: pair[1])
-            text += f" In cases that the margin was not set on, the lowest is class {label}, {100 * share:.2f} %."
+            text += (
+                f" In cases that the margin was not set on, the lowest is class {label}, {100 * share:.2f} %, "
+                f"components lost whole: {self.left_out_lost}."
+            )
         if self.unseen:
             text += f" No voxels in the validation cases, so that nothing is known: {', '.join(self.unseen)}."
         if not self.is_safe:
@@ -411,7 +416,13 @@ class BoxEvidence:
             of_parts = [so_far | more for so_far, more in zip(of_parts, without, strict=True)]
         scores, margins = ({label: one[place] for label, one in settings.items()} for place in (0, 1))
         found = self.measure(labels, scores, margins, min_coverage, min_component)
-        return replace(found, left_out=self._coverage(left_out(of_parts)))
+        held = left_out(of_parts)
+        return replace(
+            found,
+            is_safe=found.is_safe and badness(held) == (0, -min_coverage),
+            left_out=self._coverage(held),
+            left_out_lost=self._lost(held, min_component),
+        )
 
     def _margin(
         self,

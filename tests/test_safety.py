@@ -231,13 +231,27 @@ class TestBoxes:
         found = made.calibrate(["1"])
         assert fewer.is_safe and fewer.volume < found.volume
         assert (found.score_threshold, found.margin, found.left_out) == ({"1": 0.1}, {"1": (0, 0, 0)}, {"1": 1.0})
+        assert found.is_safe and found.left_out_lost == 0
         # Where nothing is better, what is to be expected is said: 2 of 5 slices in one case, all in the other.
         made = self.evidence({0.5: [exact]}, targets)
         self.add(made, {0.5: [short]}, targets, self.SHAPE, "b")
         found = made.calibrate(["1"])
-        assert found.margin == {"1": (3, 0, 0)} and found.is_safe and found.left_out == {"1": pytest.approx(0.7)}
-        assert "In cases that the margin was not set on, the lowest is class 1, 70.00 %." in str(found)
+        assert found.margin == {"1": (3, 0, 0)} and found.coverage == {"1": 1.0}
+        assert found.left_out == {"1": pytest.approx(0.7)} and not found.is_safe
+        assert "the lowest is class 1, 70.00 %, components lost whole: 0." in str(found)
+        assert "the segmentor will miss targets" in str(found)
         assert json.loads(json.dumps(found.to_json()))["left_out"] == {"1": pytest.approx(0.7)}
+
+    def test_a_component_lost_in_a_case_left_out_is_not_safe(self):
+        """Of 99.8 % of the voxels a whole target is missing, which a margin set on its own case holds."""
+        large, small = np.s_[0:20, 0:20, 0:12], np.s_[0:10, 5:6, 14:15]
+        box, targets = ((0, 20), (0, 20), (0, 12)), {"1": [large]}
+        made = self.evidence({0.5: [box]}, targets)
+        self.add(made, {0.5: [box]}, {"1": [large, small]}, self.SHAPE, "b")
+        found = made.calibrate(["1"])
+        assert found.margin == {"1": (0, 0, 3)} and found.lost_components == 0 and found.left_out["1"] > 0.995
+        assert found.left_out_lost == 1 and not found.is_safe
+        assert json.loads(json.dumps(found.to_json()))["left_out_lost"] == 1
 
     def test_settings_of_others_are_measured_as_they_are(self):
         """On cases that calibration has not seen, nothing is chosen anew."""
