@@ -266,17 +266,26 @@ def overlaps(compared: Sequence[tuple[str, int, dict[str, float]]]) -> dict:
 
 
 def what_ran(decisions: Path) -> dict:
-    """Of the tiles and voxels that nnU-Net's network would compute, those that the segmentor did."""
-    tiles = crops = voxels = covered = macs = 0
-    for file in sorted(decisions.glob("*.json")):
+    """Of the tiles and voxels that nnU-Net's network would compute, those that the segmentor did; and in how many cases
+    a box of either stage ends at the border of the image."""
+    tiles = crops = voxels = covered = macs = review = 0
+    for file in (files := sorted(decisions.glob("*.json"))):
         found = json.loads(file.read_text())
+        review += found["review"]
         for fold in found["folds"]:
             for one in fold["decisions"]:
                 tiles, crops = tiles + 1, crops + bool(one["boxes"])
                 voxels += volume(one["tile"])
                 covered += sum(map(volume, one["boxes"]))
                 macs += one["macs"]
-    return {"tiles": tiles, "not_skipped": crops, "share_of_voxels": round(covered / voxels, 4), "gmacs": macs / 1e9}
+    return {
+        "tiles": tiles,
+        "not_skipped": crops,
+        "share_of_voxels": round(covered / voxels, 4),
+        "gmacs": macs / 1e9,
+        "cases": len(files),
+        "review": review,
+    }
 
 
 # --- cost ----------------------------------------------------------------------------------------------------------
@@ -520,7 +529,7 @@ def main() -> None:
     args = parser.parse_args()
     own = {"part", "folder", "output", "picture", "rows", "run", "draw", "detector_only", "measure", "disable_tta"}
     settings = {
-        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in own
+        key: value.name if isinstance(value, Path) else value for key, value in vars(args).items() if key not in own
     }
     studies.use(args.folder, settings)
     result = {"machine": machine.describe(), "settings": settings} | args.run(args)
