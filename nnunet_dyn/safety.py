@@ -213,7 +213,8 @@ class BoxCalibration:
         cases: how many there were.
         unseen: classes that the cases have no voxels of.
         left_out: of each class, the share of voxels inside any box in cases that the margin was not set on, each part
-            of the cases in turn; what to expect of new ones. Empty for a single case, and where nothing was set.
+            of the cases in turn. New ones may have less, as scores are chosen by it. Empty for a single case, and where
+            nothing was set.
         left_out_lost: components lost there, as ``lost_components``.
     """
 
