@@ -253,6 +253,14 @@ class TestBoxes:
         assert found.left_out_lost == 1 and not found.is_safe
         assert json.loads(json.dumps(found.to_json()))["left_out_lost"] == 1
 
+    def test_two_cases_may_be_alike(self):
+        """In name and in what they hold."""
+        targets = {"1": [np.s_[5:10, 5:10, 5:10]]}
+        made = self.evidence({0.5: [((5, 10), (5, 10), (6, 10))]}, targets)
+        self.add(made, {0.5: [((5, 10), (5, 10), (6, 10))]}, targets, self.SHAPE, "a")
+        found = made.calibrate(["1"])
+        assert (found.cases, found.margin, found.left_out) == (2, {"1": (0, 0, 1)}, {"1": 1.0})
+
     def test_settings_of_others_are_measured_as_they_are(self):
         """On cases that calibration has not seen, nothing is chosen anew."""
         made = self.evidence({0.5: [((6, 10), (5, 10), (5, 10))], 0.1: [((5, 10), (5, 10), (5, 10))]})
