@@ -178,8 +178,8 @@ def boxes_on_held_out(name: str, model: Path) -> dict:
 
     Returns:
         ``as_used`` and ``without_margin``: as ``calibration.json`` has them, on the detector's grid. ``iou``: see
-        :func:`overlaps`. ``other_settings``: what other scores and margins would have held. ``calibration``: that of
-        the validation cases.
+        :func:`overlaps`. ``other_settings``: what one score and one margin for all classes would have held.
+        ``calibration``: that of the validation cases.
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False)
@@ -189,8 +189,10 @@ def boxes_on_held_out(name: str, model: Path) -> dict:
     fine = predictor.plans_manager.get_configuration(configuration.next_stage_names[0])
     labels = predictor.label_manager
     classes = labels.foreground_regions if labels.has_regions else labels.foreground_labels
-    score = min(SCORES, key=lambda one: abs(one - float(network.score_threshold)))
-    margin = network.margin.tolist()
+    names, channels = [str(entry) for entry in classes], network.classes
+    nearest = abs(network.score_threshold[channels, None] - torch.tensor(SCORES)).argmin(1)  # in single precision
+    scores = {entry: SCORES[place] for entry, place in zip(names, nearest.tolist(), strict=True)}
+    margins = dict(zip(names, network.margin[channels].tolist(), strict=True))
     evidence, compared = BoxEvidence(), []
     raw, ending = Path(os.environ["nnUNet_raw"], name), predictor.dataset_json["file_ending"]
     for label_file in sorted((raw / "labelsTs").glob(f"*{ending}")):
@@ -207,26 +209,26 @@ def boxes_on_held_out(name: str, model: Path) -> dict:
         found = boxes_of_case(network, data, configuration.patch_size, SCORES)
         add_case(evidence, case, targets, classes, shape, found)
         scale = [size / coarse for size, coarse in zip(targets.shape, shape, strict=True)]
-        for entry, label in zip(classes, found[score], strict=True):
+        for own, entry, label in zip(names, classes, channels, strict=True):
             boxes = {str(other): of_score[label] for other, of_score in found.items()}
-            boxes["as_used"] = [enlarge(box, margin, shape) for box in found[score][label]]
+            boxes["as_used"] = [enlarge(box, margins[own], shape) for box in found[scores[own]][label]]
             for target in mask_boxes(np.isin(targets, entry), gap=round(2 * max(scale))):
                 side = max(stop - start for start, stop in target)
                 best = {
                     kind: max((overlap(target, scaled(box, scale)) for box in each), default=0.0)
                     for kind, each in boxes.items()
                 }
-                compared.append((str(entry), side, best))
-    names = [str(entry) for entry in classes]
+                compared.append((own, side, best))
+    axes = len(configuration.patch_size)
     return {
-        "as_used": evidence.measure(names, score, margin).to_json(),
-        "without_margin": evidence.measure(names, score, [0] * len(margin)).to_json(),
+        "as_used": evidence.measure(names, scores, margins).to_json(),
+        "without_margin": evidence.measure(names, scores, dict.fromkeys(names, [0] * axes)).to_json(),
         "iou": overlaps(compared),
         "other_settings": [
-            {key: of_setting[key] for key in ("score_threshold", "margin", "coverage", "ratio")}
+            {"score_threshold": other, "margin": [more] * axes, "coverage": held.coverage, "ratio": held.ratio}
             for other in SCORES
             for more in (0, 1, 2)
-            for of_setting in [evidence.measure(names, other, [more] * len(margin)).to_json()]
+            for held in [evidence.measure(names, dict.fromkeys(names, other), dict.fromkeys(names, [more] * axes))]
         ],
         "calibration": json.loads((model / "fold_0" / "calibration.json").read_text()),
     }
@@ -264,17 +266,26 @@ def overlaps(compared: Sequence[tuple[str, int, dict[str, float]]]) -> dict:
 
 
 def what_ran(decisions: Path) -> dict:
-    """Of the tiles and voxels that nnU-Net's network would compute, those that the segmentor did."""
-    tiles = crops = voxels = covered = macs = 0
-    for file in sorted(decisions.glob("*.json")):
+    """Of the tiles and voxels that nnU-Net's network would compute, those that the segmentor did; and in how many cases
+    a box of either stage ends at the border of the image."""
+    tiles = crops = voxels = covered = macs = review = 0
+    for file in (files := sorted(decisions.glob("*.json"))):
         found = json.loads(file.read_text())
+        review += found["review"]
         for fold in found["folds"]:
             for one in fold["decisions"]:
                 tiles, crops = tiles + 1, crops + bool(one["boxes"])
                 voxels += volume(one["tile"])
                 covered += sum(map(volume, one["boxes"]))
                 macs += one["macs"]
-    return {"tiles": tiles, "not_skipped": crops, "share_of_voxels": round(covered / voxels, 4), "gmacs": macs / 1e9}
+    return {
+        "tiles": tiles,
+        "not_skipped": crops,
+        "share_of_voxels": round(covered / voxels, 4),
+        "gmacs": macs / 1e9,
+        "cases": len(files),
+        "review": review,
+    }
 
 
 # --- cost ----------------------------------------------------------------------------------------------------------
@@ -518,7 +529,7 @@ def main() -> None:
     args = parser.parse_args()
     own = {"part", "folder", "output", "picture", "rows", "run", "draw", "detector_only", "measure", "disable_tta"}
     settings = {
-        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in own
+        key: value.name if isinstance(value, Path) else value for key, value in vars(args).items() if key not in own
     }
     studies.use(args.folder, settings)
     result = {"machine": machine.describe(), "settings": settings} | args.run(args)

@@ -202,22 +202,24 @@ class BoxCalibration:
     """How a detector's boxes are taken, and what they hold on the cases that this was set on.
 
     Attributes:
-        margin: voxels per axis, of the detector's grid, by which boxes are enlarged.
-        score_threshold: what a detection must reach.
+        margin: of each class, the voxels per axis, of the detector's grid, by which its boxes are enlarged.
+        score_threshold: of each class, what a detection must reach.
         coverage: of each class, the share of voxels inside any box.
         worst: case and class of the lowest coverage, and that coverage.
         lost_components: connected components of the size that counts of which nothing is inside a box.
-        is_safe: whether every class is covered as asked for and no component is lost.
+        is_safe: whether every class is covered as asked for and no component is lost, in the cases left out, too.
         volume: share of all voxels that are inside a box; what is run are the crops around them, which are larger.
         ratio: the boxes' voxels to those of boxes drawn around the targets; ``None`` where there is no target.
         cases: how many there were.
         unseen: classes that the cases have no voxels of.
         left_out: of each class, the share of voxels inside any box in cases that the margin was not set on, each part
-            of the cases in turn; what to expect of new ones. Empty for a single case, and where nothing was set.
+            of the cases in turn. New ones may have less, as scores are chosen by it. Empty for a single case, and where
+            nothing was set.
+        left_out_lost: components lost there, as ``lost_components``.
     """
 
-    margin: tuple[int, ...]
-    score_threshold: float
+    margin: dict[str, tuple[int, ...]]
+    score_threshold: dict[str, float]
     coverage: dict[str, float]
     worst: tuple[str, str, float]
     lost_components: int
@@ -227,6 +229,7 @@ class BoxCalibration:
     cases: int
     unseen: tuple[str, ...] = ()
     left_out: dict[str, float] = field(default_factory=dict)
+    left_out_lost: int = 0
 
     def to_json(self) -> dict:
         """The fields as JSON has them."""
@@ -235,10 +238,12 @@ class BoxCalibration:
     def __str__(self) -> str:
         case, label, share = self.worst
         coverage = ", ".join(f"{label} {100 * value:.2f} %" for label, value in self.coverage.items())
-        text = (
-            f"Calibrated on {self.cases} cases: margin {' × '.join(map(str, self.margin))} voxels, score "
-            f"{self.score_threshold:g}. Boxes are {100 * self.volume:.1f} % of the volume"
+        settings = ", ".join(
+            f"{label} {score:g} and {' × '.join(map(str, self.margin[label]))}"
+            for label, score in self.score_threshold.items()
         )
+        text = f"Calibrated on {self.cases} cases. Score and margin in voxels of each class: {settings}. "
+        text += f"Boxes are {100 * self.volume:.1f} % of the volume"
         text += f", {self.ratio:.2f} times those around the targets" if self.ratio is not None else ""
         text += f". Voxels inside: {coverage or 'no foreground'}."
         if case:
@@ -246,7 +251,10 @@ class BoxCalibration:
         text += f" Components lost whole: {self.lost_components}."
         if self.left_out:
             label, share = min(self.left_out.items(), key=lambda pair: pair[1])
-            text += f" In cases that the margin was not set on, the lowest is class {label}, {100 * share:.2f} %."
+            text += (
+                f" In cases that the margin was not set on, the lowest is class {label}, {100 * share:.2f} %, "
+                f"components lost whole: {self.left_out_lost}."
+            )
         if self.unseen:
             text += f" No voxels in the validation cases, so that nothing is known: {', '.join(self.unseen)}."
         if not self.is_safe:
@@ -254,28 +262,42 @@ class BoxCalibration:
         return text
 
 
-@dataclass
+#: Of each class, the score that its detections must reach, and its boxes' margin.
+_Settings = Mapping[str, tuple[float, tuple[int, ...]]]
+
+
+@dataclass(eq=False)  # two cases of one name are two, and arrays do not compare
 class _BoxCase:
     name: str
     shape: tuple[int, ...]
     component: np.ndarray  # (N,), numbered over all cases
     cells: np.ndarray  # (N, axes)
     voxels: np.ndarray  # (N,)
-    boxes: dict[float, np.ndarray]  # by threshold: (boxes, axes, 2)
+    boxes: dict[float, dict[str, np.ndarray]]  # by threshold and class: (boxes, axes, 2)
     tight: np.ndarray
 
-    def inside(self, threshold: float, margin: Sequence[int]) -> np.ndarray:
-        """Whether each cell is in any box with ``margin``: ``(N,)``."""
-        covered = np.zeros(len(self.cells), bool)
-        for start, stop in self.boxes[threshold].transpose(0, 2, 1):
-            covered |= ((self.cells >= start - margin) & (self.cells < stop + margin)).all(1)
+    def enlarged(self, settings: _Settings) -> np.ndarray:
+        """The boxes of the classes in ``settings``: ``(boxes, axes, 2)``."""
+        outwards = np.array([-1, 1])
+        return np.concatenate(
+            [
+                self.boxes[threshold][label] + np.asarray(margin)[:, None] * outwards
+                for label, (threshold, margin) in settings.items()
+            ]
+        )
+
+    def inside(self, settings: _Settings, cells: np.ndarray) -> np.ndarray:
+        """Whether each of ``cells: (N, axes)`` is in any box: ``(N,)``."""
+        covered = np.zeros(len(cells), bool)
+        for start, stop in self.enlarged(settings).transpose(0, 2, 1):
+            covered |= ((cells >= start) & (cells < stop)).all(1)
         return covered
 
-    def union(self, boxes: np.ndarray, margin: Sequence[int]) -> int:
-        """Voxels of the grid inside any of ``boxes`` with ``margin``."""
+    def union(self, boxes: np.ndarray) -> int:
+        """Voxels of the grid inside any of ``boxes``."""
         inside = np.zeros(self.shape, bool)
         for box in boxes:
-            inside[tuple(slice(max(0, a - more), b + more) for (a, b), more in zip(box, margin, strict=True))] = True
+            inside[tuple(slice(max(0, start), stop) for start, stop in box)] = True
         return int(inside.sum())
 
 
@@ -292,7 +314,7 @@ class BoxEvidence:
         shape: Sequence[int],
         fine: Sequence[int],
         targets: Iterable[tuple[str, np.ndarray, Sequence[int]]],
-        boxes: Mapping[float, Sequence[Sequence[tuple[int, int]]]],
+        boxes: Mapping[float, Mapping[str, Sequence[Sequence[tuple[int, int]]]]],
         tight: Sequence[Sequence[tuple[int, int]]],
     ) -> None:
         """Add a case.
@@ -302,7 +324,7 @@ class BoxEvidence:
             fine: its shape on the grid that is segmented.
             targets: a class, its components there numbered from 1, and the first voxel of that array. A voxel counts
                 for the voxel of the detector's grid that holds its middle.
-            boxes: without a margin, by the score threshold that they reach.
+            boxes: without a margin, by the score threshold that they reach, then by class.
             tight: boxes around the targets.
         """
         component, cells, voxels = [np.zeros(0, int)], [np.zeros((0, len(shape)), int)], [np.zeros(0, int)]
@@ -327,7 +349,10 @@ class BoxEvidence:
                 np.concatenate(component),
                 np.concatenate(cells),
                 np.concatenate(voxels),
-                {threshold: _as_array(found, len(shape)) for threshold, found in boxes.items()},
+                {
+                    threshold: {label: _as_array(found, len(shape)) for label, found in of_score.items()}
+                    for threshold, of_score in boxes.items()
+                },
                 _as_array(tight, len(shape)),
             )
         )
@@ -335,12 +360,13 @@ class BoxEvidence:
     def calibrate(
         self, labels: Collection[str], min_coverage: float = 0.995, min_component: int = 10
     ) -> BoxCalibration:
-        """The threshold and the smallest margin whose boxes are safe; of all that are, those of the fewest voxels.
+        """Of each class the threshold and the smallest margin whose boxes are safe; of all, those of the fewest voxels.
 
-        A margin fits the cases that it is set on, the more so the fewer these are. So a threshold is judged by the
-        cases that its margin is not set on, each of at most five parts in turn, and only then by the voxels. Where
-        none is safe, the one that loses the fewest components, then the fewest voxels. Where a class has no voxels
-        nothing is known of it, and the lowest threshold is taken with a margin of two voxels at least.
+        A class is judged by its own boxes, so that one that is hard to find does not enlarge those of others; what is
+        measured afterwards are the boxes of all. A margin fits the cases that it is set on, the more so the fewer these
+        are. So a threshold is judged by the cases that its margin is not set on, each of at most five parts in turn,
+        and only then by the voxels. Where none is safe, the one that loses the fewest components, then the fewest
+        voxels. Of a class without voxels nothing is known, and it takes the lowest threshold with a margin of two.
 
         Args:
             labels: every class that is to be found.
@@ -354,32 +380,54 @@ class BoxEvidence:
             raise ValueError(f"min_coverage got {min_coverage}; expected a share from 0 to 1.")
         if not self._cases:
             raise ValueError("No cases to calibrate on. Expected one in the validation fold.")
-        thresholds, least = sorted(self._cases[0].boxes, reverse=True), 0
-        if self._unseen(labels):  # nothing is known of them, so everything that may be one is kept
-            thresholds, least = thresholds[-1:], _LEAST_MARGIN // 2
+        parts = [self._cases[start::_PARTS] for start in range(min(_PARTS, len(self._cases)))]
+        parts = parts if len(parts) > 1 else []
 
         def badness(held: np.ndarray) -> tuple[int, float]:
             return self._badness(held, min_coverage, min_component)
 
-        parts = [self._cases[start::_PARTS] for start in range(min(_PARTS, len(self._cases)))]
-        candidates = []
-        for threshold in thresholds:
-            margin = self._margin(threshold, least, self._cases, badness)
-            left_out = np.full(len(self._components), np.nan)
-            for part in parts if len(parts) > 1 else []:
-                others = [case for case in self._cases if case not in part]
-                held = self._held(threshold, self._margin(threshold, least, others, badness), part)
-                left_out = np.where(np.isnan(held), left_out, held)
-            of_all = self._held(threshold, margin)
-            judged = left_out if len(parts) > 1 else of_all
-            order = (*badness(of_all), *badness(judged), self._voxels(threshold, margin), -threshold)
-            candidates.append((order, margin, left_out))
-        (*_, threshold), margin, left_out = min(candidates, key=lambda candidate: candidate[0])
-        found = self.measure(labels, -threshold, margin, min_coverage, min_component)
-        return replace(found, left_out=self._coverage(left_out))
+        def left_out(of_parts: Sequence[_Settings]) -> np.ndarray:
+            held = np.full(len(self._components), np.nan)
+            for part, settings in zip(parts, of_parts, strict=True):
+                of_part = self._held(settings, part)
+                held = np.where(np.isnan(of_part), held, of_part)
+            return held
+
+        def calibrated(label: str) -> tuple[_Settings, list[_Settings]]:
+            """Score and margin of a class, and those that are set without each of the parts."""
+            thresholds, least = sorted(self._cases[0].boxes, reverse=True), 0
+            if label in self._unseen(labels):  # everything that may be one is kept
+                thresholds, least = thresholds[-1:], _LEAST_MARGIN // 2
+            candidates = []
+            for threshold in thresholds:
+                found, *of_parts = (
+                    {label: (threshold, self._margin(label, threshold, least, cases, badness))}
+                    for cases in (self._cases, *([case for case in self._cases if case not in part] for part in parts))
+                )
+                of_all = self._held(found)
+                judged = left_out(of_parts) if parts else of_all
+                order = (*badness(of_all), *badness(judged), self._voxels(found), -threshold)
+                candidates.append((order, found, of_parts))
+            return min(candidates, key=lambda candidate: candidate[0])[1:]
+
+        settings, of_parts = {}, [{} for _ in parts]
+        for label in labels:
+            found, without = calibrated(label)
+            settings |= found
+            of_parts = [so_far | more for so_far, more in zip(of_parts, without, strict=True)]
+        scores, margins = ({label: one[place] for label, one in settings.items()} for place in (0, 1))
+        found = self.measure(labels, scores, margins, min_coverage, min_component)
+        held = left_out(of_parts)
+        return replace(
+            found,
+            is_safe=found.is_safe and badness(held) == (0, -min_coverage),
+            left_out=self._coverage(held),
+            left_out_lost=self._lost(held, min_component),
+        )
 
     def _margin(
         self,
+        label: str,
         threshold: float,
         least: int,
         cases: Sequence[_BoxCase],
@@ -389,11 +437,15 @@ class BoxEvidence:
         axes = len(self._cases[0].shape)
         largest = [max(_LEAST_MARGIN, max(case.shape[axis] for case in self._cases) // 8) for axis in range(axes)]
         margins = [tuple(min(step, limit) for limit in largest) for step in range(least, max(largest) + 1)]
-        best = badness(self._held(threshold, margins[-1], cases))
+
+        def badness_of(margin: tuple[int, ...]) -> tuple[int, float]:
+            return badness(self._held({label: (threshold, margin)}, cases))
+
+        best = badness_of(margins[-1])
 
         def smallest(trials: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
             # A larger margin never covers less.
-            return trials[bisect_left(trials, True, key=lambda m: badness(self._held(threshold, m, cases)) <= best)]
+            return trials[bisect_left(trials, True, key=lambda margin: badness_of(margin) <= best)]
 
         margin = smallest(margins)
         for axis in range(axes):
@@ -403,27 +455,28 @@ class BoxEvidence:
     def measure(
         self,
         labels: Collection[str],
-        score_threshold: float,
-        margin: Sequence[int],
+        score_threshold: Mapping[str, float],
+        margin: Mapping[str, Sequence[int]],
         min_coverage: float = 0.995,
         min_component: int = 10,
     ) -> BoxCalibration:
         """What the boxes of a score and a margin hold, wherever these come from; arguments as :meth:`calibrate` has.
 
         Args:
-            score_threshold: one of those that the cases were added with.
+            score_threshold: of each class, one of those that the cases were added with.
+            margin: of each class.
         """
-        held, total = self._held(score_threshold, margin), self._total
+        settings = {label: (score_threshold[label], tuple(margin[label])) for label in labels}
+        held, total = self._held(settings), self._total
         shares = {}
         for key in set(self._components):
             own = [pair == key for pair in self._components]
             shares[key] = float(held[own].sum() / total[own].sum())
         worst = min(((value, *key) for key, value in shares.items()), default=(1.0, "", ""))
-        voxels = self._voxels(score_threshold, margin)
-        tight = sum(case.union(case.tight, (0,) * len(margin)) for case in self._cases)
+        voxels, tight = self._voxels(settings), sum(case.union(case.tight) for case in self._cases)
         return BoxCalibration(
-            tuple(margin),
-            score_threshold,
+            {label: margin for label, (_, margin) in settings.items()},
+            {label: score for label, (score, _) in settings.items()},
             self._coverage(held),
             (*worst[1:], worst[0]),
             self._lost(held, min_component),
@@ -440,18 +493,21 @@ class BoxEvidence:
         count = len(self._components)
         return sum((np.bincount(case.component, case.voxels, count) for case in self._cases), np.zeros(count))
 
-    def _held(self, threshold: float, margin: Sequence[int], cases: Sequence[_BoxCase] | None = None) -> np.ndarray:
-        """Those of each component that are inside any box; not a number for those of other cases than ``cases``."""
+    def _held(self, settings: _Settings, cases: Sequence[_BoxCase] | None = None) -> np.ndarray:
+        """Those of each component that are inside any box of the classes in ``settings``; not a number for components
+        of other classes, and of other cases than ``cases``."""
         held = np.full(len(self._components), np.nan)
+        asked = np.array([label in settings for _, label in self._components], bool)
         for case in self._cases if cases is None else cases:
-            held[np.unique(case.component)] = 0
-            inside = case.inside(threshold, np.asarray(margin))
-            np.add.at(held, case.component, case.voxels * inside)
+            counts = asked[case.component]
+            component = case.component[counts]
+            held[np.unique(component)] = 0
+            np.add.at(held, component, case.voxels[counts] * case.inside(settings, case.cells[counts]))
         return held
 
-    def _voxels(self, threshold: float, margin: Sequence[int]) -> int:
+    def _voxels(self, settings: _Settings) -> int:
         """Voxels of the grid inside any box."""
-        return sum(case.union(case.boxes[threshold], margin) for case in self._cases)
+        return sum(case.union(case.enlarged(settings)) for case in self._cases)
 
     def _unseen(self, labels: Collection[str]) -> tuple[str, ...]:
         seen = {label for _, label in self._components}

@@ -134,7 +134,7 @@ class TestBoxes:
     SHAPE = (20, 20, 20)
 
     def evidence(self, found, targets=None, shape=None, case="a"):
-        """One case; ``found`` has boxes by threshold, ``targets`` slices by class."""
+        """One case; ``found`` has boxes by threshold and class, of class 1 if they are a list, ``targets`` slices."""
         made = BoxEvidence()
         self.add(made, found, targets or {"1": [np.s_[5:10, 5:10, 5:10]]}, shape or self.SHAPE, case)
         return made
@@ -149,11 +149,15 @@ class TestBoxes:
             numbered.append((label, components[..., first:], (0, 0, first)))
         step = fine[0] // self.SHAPE[0]
         tight = [[(axis.start // step, axis.stop // step) for axis in part] for p in targets.values() for part in p]
-        made.add_case(case, self.SHAPE, fine, numbered, found, tight)
+        boxes = {
+            score: {"1": [], "2": [], "3": []} | (each if isinstance(each, dict) else {"1": each})
+            for score, each in found.items()
+        }
+        made.add_case(case, self.SHAPE, fine, numbered, boxes, tight)
 
     def test_the_smallest_margin_per_axis(self):
         found = self.evidence({0.5: [((5, 10), (6, 10), (8, 9))]}).calibrate(["1"])
-        assert found.margin == (0, 1, 3) and found.score_threshold == 0.5 and found.is_safe
+        assert found.margin == {"1": (0, 1, 3)} and found.score_threshold == {"1": 0.5} and found.is_safe
         assert found.coverage == {"1": 1.0} and found.lost_components == 0
         assert found.ratio == pytest.approx(5 * 6 * 7 / 125) and found.volume == pytest.approx(210 / 8000)
 
@@ -161,7 +165,7 @@ class TestBoxes:
         """Of 125 + 1 voxels less than 1 % is outside; one component of one voxel is too small to count."""
         targets = {"1": [np.s_[5:10, 5:10, 5:10], np.s_[0:1, 0:1, 19:20]]}
         boxes = {0.5: [((5, 10), (5, 10), (5, 10))]}
-        assert self.evidence(boxes, targets).calibrate(["1"], min_coverage=0.99).margin == (0, 0, 0)
+        assert self.evidence(boxes, targets).calibrate(["1"], min_coverage=0.99).margin == {"1": (0, 0, 0)}
         strict = self.evidence(boxes, targets).calibrate(["1"], 1.0)
         assert not strict.is_safe and strict.coverage["1"] == pytest.approx(125 / 126)
 
@@ -170,34 +174,50 @@ class TestBoxes:
         targets = {"1": [np.s_[0:18, 0:20, 0:15], np.s_[19:20, 10:20, 19:20]]}
         boxes = {0.5: [((0, 18), (0, 20), (0, 15))], 0.1: [((0, 18), (0, 20), (0, 15)), ((19, 20), (12, 14), (19, 20))]}
         found = self.evidence(boxes, targets).calibrate(["1"])
-        assert (found.score_threshold, found.margin, found.lost_components) == (0.1, (0, 0, 0), 0)
+        assert (found.score_threshold, found.margin, found.lost_components) == ({"1": 0.1}, {"1": (0, 0, 0)}, 0)
         ignored = self.evidence(boxes, targets).calibrate(["1"], min_component=11)
-        assert (ignored.score_threshold, ignored.margin) == (0.5, (0, 0, 0))
+        assert (ignored.score_threshold, ignored.margin) == ({"1": 0.5}, {"1": (0, 0, 0)})
 
     def test_of_safe_ones_the_fewest_voxels_win(self):
         """A lower score finds a box that needs no margin, and another that is no target."""
         tight, loose = ((5, 10), (5, 10), (5, 10)), ((6, 7), (6, 7), (6, 7))
         far = ((0, 20), (0, 20), (15, 20))
-        assert self.evidence({0.5: [loose], 0.1: [tight]}).calibrate(["1"]).score_threshold == 0.1
+        assert self.evidence({0.5: [loose], 0.1: [tight]}).calibrate(["1"]).score_threshold == {"1": 0.1}
         found = self.evidence({0.5: [loose], 0.1: [tight, far]}).calibrate(["1"])
-        assert (found.score_threshold, found.margin) == (0.5, (3, 3, 3))
+        assert (found.score_threshold, found.margin) == ({"1": 0.5}, {"1": (3, 3, 3)})
 
-    def test_every_class_counts_in_any_box(self):
+    def test_each_class_has_its_own_score_and_margin(self):
+        """A class that only a low score finds does not enlarge the boxes of another."""
         targets = {"1": [np.s_[5:10, 5:10, 5:10]], "2": [np.s_[11:12, 5:10, 5:10]]}
-        box = ((5, 10), (5, 10), (5, 10))
-        found = self.evidence({0.5: [box]}, targets).calibrate(["1", "2"])
-        assert found.margin == (2, 0, 0) and found.coverage == {"1": 1.0, "2": 1.0} and not found.unseen
+        box, short = ((5, 10), (5, 10), (5, 10)), ((11, 12), (5, 10), (6, 10))
+        low = {"1": [((0, 20), (0, 20), (0, 20))], "2": [short]}
+        found = self.evidence({0.5: {"1": [box]}, 0.1: low}, targets).calibrate(["1", "2"])
+        assert found.score_threshold == {"1": 0.5, "2": 0.1} and found.margin == {"1": (0, 0, 0), "2": (0, 0, 1)}
+        assert found.coverage == {"1": 1.0, "2": 1.0} and found.is_safe and not found.unseen
+        assert found.ratio == pytest.approx((125 + 30) / 150)
+        assert "of each class: 1 0.5 and 0 × 0 × 0, 2 0.1 and 0 × 0 × 1." in str(found)
+
+    def test_what_is_inside_any_box_is_inside(self):
+        """Whose box it is makes no difference to the segmentor, so it makes none to what is measured."""
+        targets = {"1": [np.s_[5:10, 5:10, 5:10]], "2": [np.s_[9:12, 5:10, 5:10]]}
+        made = self.evidence({0.5: {"1": [((5, 10), (5, 10), (5, 10))], "2": [((10, 11), (5, 10), (5, 10))]}}, targets)
+        scores = {"1": 0.5, "2": 0.5}
+        found = made.measure(["1", "2"], scores, {"1": (0, 0, 0), "2": (0, 0, 0)})
+        assert found.coverage == {"1": 1.0, "2": pytest.approx(2 / 3)} and not found.is_safe
+        wider = made.measure(["1", "2"], scores, {"1": (2, 0, 0), "2": (0, 0, 0)})
+        assert wider.coverage == {"1": 1.0, "2": 1.0} and wider.is_safe
 
     def test_a_class_without_voxels_is_not_trusted(self):
         box = ((5, 10), (5, 10), (5, 10))
-        found = self.evidence({0.5: [box], 0.1: [box]}).calibrate(["1", "3"])
-        assert (found.score_threshold, found.margin, found.unseen) == (0.1, (2, 2, 2), ("3",))
+        found = self.evidence({0.5: [box], 0.1: {"1": [box], "3": [box]}}).calibrate(["1", "3"])
+        assert (found.score_threshold, found.unseen) == ({"1": 0.5, "3": 0.1}, ("3",))
+        assert found.margin == {"1": (0, 0, 0), "3": (2, 2, 2)} and found.volume == pytest.approx(9**3 / 8000)
         assert "so that nothing is known: 3" in str(found)
 
     def test_targets_on_a_finer_grid(self):
         targets = {"1": [np.s_[10:20, 10:20, 10:22]]}
         found = self.evidence({0.5: [((5, 10), (5, 10), (5, 10))]}, targets, (40, 40, 40)).calibrate(["1"])
-        assert found.margin == (0, 0, 1) and found.ratio == pytest.approx(7 / 6)
+        assert found.margin == {"1": (0, 0, 1)} and found.ratio == pytest.approx(7 / 6)
 
     def test_a_margin_is_judged_by_cases_that_it_was_not_set_on(self):
         """At 0.5 one case needs three voxels that the other does not tell of; at 0.1 larger boxes need none."""
@@ -205,45 +225,68 @@ class TestBoxes:
         targets = {"1": [np.s_[5:10, 5:10, 5:10]]}
         made = self.evidence({0.5: [exact], 0.1: [long]}, targets)
         alone = made.calibrate(["1"])
-        assert (alone.score_threshold, alone.left_out) == (0.5, {}) and "was not set on" not in str(alone)
+        assert (alone.score_threshold, alone.left_out) == ({"1": 0.5}, {}) and "was not set on" not in str(alone)
         self.add(made, {0.5: [short], 0.1: [long]}, targets, self.SHAPE, "b")
-        fewer = made.measure(["1"], 0.5, (3, 0, 0))
+        fewer = made.measure(["1"], {"1": 0.5}, {"1": (3, 0, 0)})
         found = made.calibrate(["1"])
         assert fewer.is_safe and fewer.volume < found.volume
-        assert (found.score_threshold, found.margin, found.left_out) == (0.1, (0, 0, 0), {"1": 1.0})
+        assert (found.score_threshold, found.margin, found.left_out) == ({"1": 0.1}, {"1": (0, 0, 0)}, {"1": 1.0})
+        assert found.is_safe and found.left_out_lost == 0
         # Where nothing is better, what is to be expected is said: 2 of 5 slices in one case, all in the other.
         made = self.evidence({0.5: [exact]}, targets)
         self.add(made, {0.5: [short]}, targets, self.SHAPE, "b")
         found = made.calibrate(["1"])
-        assert found.margin == (3, 0, 0) and found.is_safe and found.left_out == {"1": pytest.approx(0.7)}
-        assert "In cases that the margin was not set on, the lowest is class 1, 70.00 %." in str(found)
+        assert found.margin == {"1": (3, 0, 0)} and found.coverage == {"1": 1.0}
+        assert found.left_out == {"1": pytest.approx(0.7)} and not found.is_safe
+        assert "the lowest is class 1, 70.00 %, components lost whole: 0." in str(found)
+        assert "the segmentor will miss targets" in str(found)
         assert json.loads(json.dumps(found.to_json()))["left_out"] == {"1": pytest.approx(0.7)}
+
+    def test_a_component_lost_in_a_case_left_out_is_not_safe(self):
+        """Of 99.8 % of the voxels a whole target is missing, which a margin set on its own case holds."""
+        large, small = np.s_[0:20, 0:20, 0:12], np.s_[0:10, 5:6, 14:15]
+        box, targets = ((0, 20), (0, 20), (0, 12)), {"1": [large]}
+        made = self.evidence({0.5: [box]}, targets)
+        self.add(made, {0.5: [box]}, {"1": [large, small]}, self.SHAPE, "b")
+        found = made.calibrate(["1"])
+        assert found.margin == {"1": (0, 0, 3)} and found.lost_components == 0 and found.left_out["1"] > 0.995
+        assert found.left_out_lost == 1 and not found.is_safe
+        assert json.loads(json.dumps(found.to_json()))["left_out_lost"] == 1
+
+    def test_two_cases_may_be_alike(self):
+        """In name and in what they hold."""
+        targets = {"1": [np.s_[5:10, 5:10, 5:10]]}
+        made = self.evidence({0.5: [((5, 10), (5, 10), (6, 10))]}, targets)
+        self.add(made, {0.5: [((5, 10), (5, 10), (6, 10))]}, targets, self.SHAPE, "a")
+        found = made.calibrate(["1"])
+        assert (found.cases, found.margin, found.left_out) == (2, {"1": (0, 0, 1)}, {"1": 1.0})
 
     def test_settings_of_others_are_measured_as_they_are(self):
         """On cases that calibration has not seen, nothing is chosen anew."""
         made = self.evidence({0.5: [((6, 10), (5, 10), (5, 10))], 0.1: [((5, 10), (5, 10), (5, 10))]})
-        found = made.measure(["1", "2"], 0.5, (0, 0, 0))
-        assert (found.score_threshold, found.margin) == (0.5, (0, 0, 0)) and not found.is_safe
+        found = made.measure(["1", "2"], {"1": 0.5, "2": 0.5}, {"1": (0, 0, 0), "2": (0, 0, 0)})
+        assert found.margin == {"1": (0, 0, 0), "2": (0, 0, 0)} and found.score_threshold == {"1": 0.5, "2": 0.5}
+        assert not found.is_safe
         assert found.coverage == {"1": 0.8} and found.ratio == pytest.approx(0.8) and found.unseen == ("2",)
-        wider = made.measure(["1"], 0.5, (1, 0, 2))
+        wider = made.measure(["1"], {"1": 0.5}, {"1": (1, 0, 2)})
         assert wider.is_safe and wider.coverage == {"1": 1.0} and wider.ratio == pytest.approx(6 * 5 * 9 / 125)
-        assert made.calibrate(["1"]) == made.measure(["1"], 0.1, (0, 0, 0))
+        assert made.calibrate(["1"]) == made.measure(["1"], {"1": 0.1}, {"1": (0, 0, 0)})
 
     def test_what_is_never_found_is_reported(self):
         made = self.evidence({0.5: [((5, 10), (5, 10), (5, 10))], 0.1: []})
         self.add(made, {0.5: [], 0.1: []}, {"1": [np.s_[2:7, 2:7, 2:7]]}, self.SHAPE, "b")
         found = made.calibrate(["1"])
-        assert (found.lost_components, found.is_safe, found.score_threshold) == (1, False, 0.5)
-        assert found.worst == ("b", "1", 0.0) and found.margin == (0, 0, 0)
+        assert (found.lost_components, found.is_safe, found.score_threshold) == (1, False, {"1": 0.5})
+        assert found.worst == ("b", "1", 0.0) and found.margin == {"1": (0, 0, 0)}
         assert "the segmentor will miss targets" in str(found)
         assert json.loads(json.dumps(found.to_json()))["coverage"] == {"1": 0.5}
 
     def test_no_target_at_all(self):
         made = BoxEvidence()
         nothing = ("1", np.zeros((0, 0, 0), int), (0, 0, 0))
-        made.add_case("a", self.SHAPE, self.SHAPE, [nothing], {0.5: [], 0.1: []}, [])
+        made.add_case("a", self.SHAPE, self.SHAPE, [nothing], {0.5: {"1": []}, 0.1: {"1": []}}, [])
         found = made.calibrate(["1"])
-        assert (found.score_threshold, found.margin, found.ratio) == (0.1, (2, 2, 2), None)
+        assert (found.score_threshold, found.margin, found.ratio) == ({"1": 0.1}, {"1": (2, 2, 2)}, None)
         with pytest.raises(ValueError, match="No cases"):
             BoxEvidence().calibrate(["1"])
         with pytest.raises(ValueError, match="min_coverage got 2"):

@@ -280,7 +280,11 @@ def read_boxes(label_map: np.ndarray) -> dict[int, list[Box]]:
 
 
 class Labels(nn.Module):
-    """Whether the classes are regions. Prediction has no other source for it than the state dictionary."""
+    """Whether the classes are regions. Prediction has no other source for it than the state dictionary.
+
+    A detector's score and margin of each class are here, too, as nnU-Net passes over ".seg_layers." in weights that it
+    takes from a network of other labels.
+    """
 
     def __init__(self):
         super().__init__()
@@ -300,8 +304,9 @@ class DetectorNetwork(nn.Module, ABC):
         patch_size: voxels per axis that the network is trained on.
 
     Attributes:
-        margin: voxels per axis by which boxes are enlarged; a buffer, as calibration sets it.
-        score_threshold: detections below it do not count; a buffer likewise.
+        margin: ``(num_classes, axes)``, voxels by which the boxes of a class are enlarged; a buffer, as calibration
+            sets it.
+        score_threshold: ``(num_classes,)``, detections of a class below it do not count; a buffer likewise.
         detections: set it to a list, and evaluation appends what :meth:`detect` finds in each sample, by class.
 
     Raises:
@@ -323,10 +328,19 @@ class DetectorNetwork(nn.Module, ABC):
         self.input_channels, self.num_classes, self.patch_size = input_channels, num_classes, tuple(patch_size)
         self.labels = Labels()
         self.labels.seg_layers.register_buffer("ignored", torch.tensor(-1))
-        self.register_buffer("margin", torch.zeros(len(self.patch_size), dtype=torch.long))
-        self.register_buffer("score_threshold", torch.tensor(0.5))
+        margin = torch.zeros(num_classes, len(self.patch_size), dtype=torch.long)
+        self.labels.seg_layers.register_buffer("margin", margin)
+        self.labels.seg_layers.register_buffer("score_threshold", torch.full((num_classes,), 0.5))
         self.detections: list[dict[int, list[Detection]]] | None = None
         self._counts: dict[tuple[int, ...], int] = {}
+
+    @property
+    def margin(self) -> torch.Tensor:
+        return self.labels.seg_layers.margin
+
+    @property
+    def score_threshold(self) -> torch.Tensor:
+        return self.labels.seg_layers.score_threshold
 
     def set_labels(self, regions: bool, ignored: int | None) -> None:
         """Say whether the classes are regions, none of which is the background, and which label is ignored."""
@@ -386,7 +400,7 @@ class DetectorNetwork(nn.Module, ABC):
         margin = self.margin.tolist()
         pairs = [(label, one) for label, each in found.items() for one in each]
         return DetectorDecision(
-            tuple(enlarge(one.box, margin, shape) for _, one in pairs),
+            tuple(enlarge(one.box, margin[label], shape) for label, one in pairs),
             tuple(label for label, _ in pairs),
             tuple(float(one.score) for _, one in pairs),
         )
@@ -424,7 +438,7 @@ class DetectorNetwork(nn.Module, ABC):
 
     @torch.no_grad()
     def detect(self, x: torch.Tensor) -> list[dict[int, list[Detection]]]:
-        """For each sample of ``x`` the boxes of each class whose score reaches the threshold, without the margin."""
+        """For each sample of ``x`` the boxes of each class whose score reaches its threshold, without the margin."""
         return self.read(self.raw(x), x.shape[2:])
 
     @abstractmethod

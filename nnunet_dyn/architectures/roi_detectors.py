@@ -232,33 +232,35 @@ class LowResDetector(DetectorNetwork):
     def read(self, outputs: dict[str, torch.Tensor], patch: Sequence[int]) -> list[dict[int, list[Detection]]]:
         """The boxes of each sample by class. Their score is the highest probability in the component; its voxels are
         those whose probability reaches the threshold."""
-        threshold = float(self.score_threshold)
+        thresholds = self.score_threshold.tolist()
         probabilities = torch.sigmoid(outputs["mask"].float()).cpu().numpy()  # numpy has no bf16
         sides = outputs["sides"].float().cpu().numpy()
         return [
-            {label: self._found(sample[label], distances[label], threshold, patch) for label in self.classes}
+            {label: self._found(sample[label], distances[label], thresholds[label], patch) for label in self.classes}
             for sample, distances in zip(probabilities, sides, strict=True)
         ]
 
     def _found(
         self, probability: np.ndarray, sides: np.ndarray, threshold: float, patch: Sequence[int]
     ) -> list[Detection]:
-        components, _ = ndimage.label(probability >= threshold, np.ones((3,) * probability.ndim))
-        boxes: list[Box] = []
-        for number, extent in enumerate(ndimage.find_objects(components), 1):
-            voxels = np.nonzero(components[extent] == number)
-            voxels = tuple(index + axis.start for index, axis in zip(voxels, extent, strict=True))
-            coarse = tuple(index // step for index, step in zip(voxels, self.stride, strict=True))
-            weight = probability[voxels]
-            box = []
-            for axis, (part, step, size) in enumerate(zip(extent, self.stride, patch, strict=True)):
-                middle = (coarse[axis] + 0.5) * step
-                start = np.average(middle - sides[(0, axis, *coarse)], weights=weight)
-                stop = np.average(middle + sides[(1, axis, *coarse)], weights=weight)
-                box.append(
-                    (max(0, min(part.start, round(float(start)))), min(int(size), max(part.stop, round(float(stop)))))
-                )
-            boxes.append(tuple(box))
+        components, count = ndimage.label(probability >= threshold, np.ones((3,) * probability.ndim))
+        if not count:
+            return []
+        voxels = np.nonzero(components)
+        number, weight = components[voxels] - 1, probability[voxels]
+        coarse = tuple(index // step for index, step in zip(voxels, self.stride, strict=True))
+
+        def mean(values: np.ndarray) -> np.ndarray:
+            """Of each component."""
+            return np.bincount(number, values * weight) / np.bincount(number, weight)
+
+        found = np.array([[(part.start, part.stop) for part in extent] for extent in ndimage.find_objects(components)])
+        for axis, (step, size) in enumerate(zip(self.stride, patch, strict=True)):
+            middle = (coarse[axis] + 0.5) * step
+            start, stop = (np.rint(mean(middle + side)) for side in sides[(slice(None), axis, *coarse)] * [[-1], [1]])
+            found[:, axis, 0] = np.minimum(found[:, axis, 0], start).clip(min=0)
+            found[:, axis, 1] = np.maximum(found[:, axis, 1], stop).clip(max=size)
+        boxes: list[Box] = [tuple(map(tuple, box)) for box in found.tolist()]
         return [Detection(box, self._score(probability, box)) for box in merge(boxes)]
 
     @staticmethod

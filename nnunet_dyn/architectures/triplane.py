@@ -418,10 +418,10 @@ class TriPlaneDetector(DetectorNetwork):
             planes = [plane for plane in range(3) if plane != axis]
             places = [axis - (plane < axis) for plane in planes]
             seen.append(sum(boxes[:, plane, :, place] for plane, place in zip(planes, places, strict=True)) / 2)
-        threshold, averaged = float(self.score_threshold), torch.stack(seen, 2).tolist()
+        thresholds, averaged = self.score_threshold.tolist(), torch.stack(seen, 2).tolist()
         return [
             {
-                label: [Detection(_voxels(sides[label], patch), score[label])] if score[label] >= threshold else []
+                label: [Detection(_voxels(sides[label], patch), score[label])] * (score[label] >= thresholds[label])
                 for label in self.classes
             }
             for score, sides in zip(scores, averaged, strict=True)

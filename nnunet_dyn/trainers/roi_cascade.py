@@ -59,7 +59,7 @@ DETECTORS: dict[str, str | None] = {"nnUNetTrainerROICascade": None, "nnUNetTrai
 DISTRIBUTED = {"find_unused_parameters": True, "broadcast_buffers": False}
 
 #: Scores that calibration may ask of a detection. What is less sure than the last is noise.
-SCORES = (0.5, 0.3, 0.2, 0.1, 0.05)
+SCORES = (0.5, 0.3, 0.2, 0.15, 0.12, 0.1, 0.05)
 #: The margin of boxes that are not calibrated; their score is the lowest one.
 _SAFE_MARGIN = 4
 
@@ -270,7 +270,7 @@ class ROICascadeTrainer(CalibratedTrainer):
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         if self.is_detector:
-            self._set_boxes(0.5, [0] * len(self.module.margin))
+            self._set_boxes(0.5, [0] * len(self.module.patch_size))
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         super().on_validation_epoch_end(val_outputs)
@@ -295,19 +295,18 @@ class ROICascadeTrainer(CalibratedTrainer):
         else:
             DynTrainer.on_train_end(self)
 
-    def _set_boxes(self, score_threshold: float, margin: Sequence[int]) -> None:
-        network = self.module
-        network.score_threshold.fill_(score_threshold)
-        network.margin.copy_(torch.tensor(margin))
+    def _set_boxes(self, score_threshold: float, margin: Sequence[int], channels: int | slice = slice(None)) -> None:
+        self.module.score_threshold[channels] = score_threshold
+        self.module.margin[channels] = torch.tensor(margin, device=self.device)
 
     def take_safe_settings(self) -> str:
         """A checkpoint that is not calibrated takes too much rather than too little."""
-        self._set_boxes(SCORES[-1], [_SAFE_MARGIN] * len(self.module.margin))
+        self._set_boxes(SCORES[-1], [_SAFE_MARGIN] * len(self.module.patch_size))
         return f"the boxes are taken from a score of {SCORES[-1]} on with a margin of {_SAFE_MARGIN} voxels"
 
     @torch.no_grad()
     def calibrate(self) -> BoxCalibration:
-        """Set the detector's score and margin on the validation cases, as ``nnUNetv2_predict`` would tile them.
+        """Set the detector's scores and margins on the validation cases, as ``nnUNetv2_predict`` would tile them.
 
         Raises:
             RuntimeError: it failed in another process.
@@ -319,7 +318,8 @@ class ROICascadeTrainer(CalibratedTrainer):
             self.on_first(partial(self._observe, evidence, key, fine))
         names = [str(entry) for entry in self._classes]
         found = self.on_first(partial(evidence.calibrate, names, self.min_coverage, self.min_component))
-        self._set_boxes(found.score_threshold, found.margin)
+        for channel, name in zip(self.module.classes, names, strict=True):
+            self._set_boxes(found.score_threshold[name], found.margin[name], channel)
         return found
 
     @property
@@ -473,7 +473,10 @@ def add_case(
         components, corner = connected_targets(np.isin(labels, entry))
         targets.append((str(entry), components, corner))
         tight += [_scaled(box, labels.shape, shape) for box in component_boxes(components, corner)]
-    boxes = {score: [box for of_class in of_score.values() for box in of_class] for score, of_score in found.items()}
+    boxes = {
+        score: {str(entry): of_class for entry, of_class in zip(classes, of_score.values(), strict=True)}
+        for score, of_score in found.items()
+    }
     evidence.add_case(case, shape, labels.shape, targets, boxes, tight)
 
 

@@ -73,6 +73,35 @@ def test_contract(plan, channels, batch, regions):
         assert len(copy.detections) == batch and set(copy.detections[0]) == set(network.classes)
 
 
+def test_each_class_has_its_own_score_and_margin():
+    """The same is seen of both classes, and taken of the one whose score it reaches."""
+    network = detector().eval()
+    mask = torch.full((1, 3, 16, 16, 16), -9.0)
+    mask[0, 1:, 4:8, 4:8, 4:8] = 0.0  # a probability of 1/2
+    network.raw = lambda x: {"mask": mask, "sides": torch.zeros(1, 3, 2, 3, 8, 8, 8)}
+    network.score_threshold.copy_(torch.tensor([0.0, 0.4, 0.6]))
+    network.margin[1] = torch.tensor([0, 1, 2])
+    x = torch.zeros(1, 1, 16, 16, 16)
+    (decision,) = network.decide(x)
+    assert (decision.classes, decision.boxes) == ((1,), (((4, 8), (3, 9), (2, 10)),))
+    network.score_threshold[2] = 0.5
+    assert network.decide(x)[0].boxes == (((4, 8), (3, 9), (2, 10)), ((4, 8),) * 3)
+
+
+def test_a_box_is_the_component_and_the_mean_of_its_voxels_boxes():
+    """Weighted by their probabilities; components do not mix, and where there is none there is no box."""
+    network = detector().eval()
+    mask, sides = torch.full((1, 3, 16, 16, 16), -9.0), torch.zeros(1, 3, 2, 3, 8, 8, 8)
+    mask[0, 1, 4:6, 4:6, 4:6] = mask[0, 1, 12:14, 12:14, 12:14] = 9.0
+    mask[0, 1, 6:8, 4:6, 4:6] = float(torch.logit(torch.tensor(0.5 + 1e-6)))  # half as sure as the voxels beside them
+    sides[0, 1, 0, 2, 2, 2, 2] = 4.0  # from 5 to 1, from 5 to 5
+    sides[0, 1, 1, 0, 6:, 6:, 6:] = 9.0  # from 13 to 22, which is outside
+    (found,) = network.read({"mask": mask, "sides": sides}, (16, 16, 16))
+    boxes = [one.box for one in found[1]]
+    # The first's mean on the last axis is (1 + 5 / 2) / (3 / 2) = 2.33.
+    assert boxes == [((4, 8), (4, 6), (2, 6)), ((12, 16), (12, 14), (12, 14))] and found[2] == []
+
+
 def test_a_batch_without_any_target_gives_every_parameter_a_gradient():
     network = detector()
     empty = torch.zeros(1, 1, 16, 16, 16, dtype=torch.int16)

@@ -193,7 +193,7 @@ def test_where_nothing_is_detected_there_is_a_warning(roi_results, wide, tmp_pat
         shutil.copytree(roi_results / name, tmp_path / name)
     path = tmp_path / ROI_NAMES[0] / "fold_0" / "checkpoint_final.pth"
     checkpoint = torch.load(path, weights_only=False)
-    checkpoint["network_weights"]["score_threshold"].fill_(1.1)
+    checkpoint["network_weights"]["labels.seg_layers.score_threshold"].fill_(1.1)
     torch.save(checkpoint, path)
     flags = ("-f", 0, "--save-decisions", "--json", "--precision", precision)
     assert predict(tmp_path / ROI_NAMES[1], wide, tmp_path / "out", *flags) == 0

@@ -66,7 +66,7 @@ def test_the_detector_hands_its_boxes_on(space):
     for fold in (0, 1):
         calibration = json.loads((model / f"fold_{fold}" / "calibration.json").read_text())
         weights = torch.load(model / f"fold_{fold}" / "checkpoint_final.pth", weights_only=False)["network_weights"]
-        assert weights["margin"].tolist() == calibration["margin"]
+        assert weights["labels.seg_layers.margin"][1:].tolist() == list(calibration["margin"].values())
         assert (model / f"fold_{fold}" / "validation" / "summary.json").exists()
 
 

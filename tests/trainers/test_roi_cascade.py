@@ -111,15 +111,19 @@ class TestDetector:
         with torch.no_grad():
             trainer.on_validation_epoch_start()
             result = trainer.validation_step(next(trainer.dataloader_val))
-            assert trainer.module.margin.tolist() == [0, 0, 0]  # the pseudo Dice is that of the boxes as they are
+            assert not trainer.module.margin.any()  # the pseudo Dice is that of the boxes as they are
             trainer.on_validation_epoch_end([result])
-        assert trainer.module.margin.tolist() == [4, 4, 4]  # what checkpoint_best gets
+        assert (trainer.module.margin == 4).all()  # what checkpoint_best gets
         assert result["loss"] > 0 and len(result["tp_hard"]) == 2
         trainer.on_train_end()
         written = json.loads(Path(trainer.output_folder, "calibration.json").read_text())
         checkpoint = torch.load(Path(trainer.output_folder, "checkpoint_final.pth"), weights_only=False)
-        assert checkpoint["network_weights"]["margin"].tolist() == written["margin"]
-        assert float(checkpoint["network_weights"]["score_threshold"]) == pytest.approx(written["score_threshold"])
+        margin, scores = (
+            checkpoint["network_weights"][f"labels.seg_layers.{name}"][trainer.module.classes.start :].tolist()
+            for name in ("margin", "score_threshold")
+        )
+        assert margin == list(written["margin"].values()) and len(margin) == 2
+        assert scores == pytest.approx(list(written["score_threshold"].values()))
         assert checkpoint["inference_allowed_mirroring_axes"] is None
 
     def test_the_volume_stays_in_the_patch(self, make):
@@ -149,18 +153,19 @@ class TestDetector:
             assert tuple(patch) == (12, 12, 12)
             # The volume lies one voxel behind the patch's start where it is smaller.
             sure = Detection(((2, 5), (2, 6), (3, 6)), 0.9)
-            found = [sure] if network.score_threshold > 0.15 else [sure, Detection(((8, 10), (9, 11), (6, 9)), 0.12)]
-            return [{1: found, 2: []}]
+            unsure = Detection(((8, 10), (9, 11), (6, 9)), 0.11)
+            return [{1: [sure], 2: [one for one in [unsure] if one.score >= network.score_threshold[2]]}]
 
         monkeypatch.setattr(LowResDetector, "read", read)
         passes = []
         trainer.module.stages[0].register_forward_hook(lambda module, args, output: passes.append(len(output)))
         found = trainer.calibrate()
         # Label 2, 7–9 × 8–11 × 5–8, is found at a low score only: one voxel is missing on the second axis.
-        assert found.score_threshold == pytest.approx(0.1) and found.is_safe
+        assert found.score_threshold == {"1": 0.5, "2": 0.1} and found.is_safe
         assert passes == [1]  # one for all scores
-        assert found.margin == (0, 1, 0) and found.coverage == {"1": 1.0, "2": 1.0}
-        assert trainer.module.margin.tolist() == [0, 1, 0]
+        assert found.margin == {"1": (0, 0, 0), "2": (0, 1, 0)} and found.coverage == {"1": 1.0, "2": 1.0}
+        assert trainer.module.margin[1:].tolist() == [[0, 0, 0], [0, 1, 0]]
+        assert trainer.module.score_threshold[1:].tolist() == pytest.approx([0.5, 0.1])
 
     def test_a_failed_calibration_leaves_safe_boxes(self, make, monkeypatch):
         trainer = make("3d_detect")
@@ -171,7 +176,8 @@ class TestDetector:
         assert before == [True]  # what was learned is saved before anything can fail or take long
         assert not Path(trainer.output_folder, "calibration.json").exists()
         weights = torch.load(path, weights_only=False)["network_weights"]
-        assert weights["margin"].tolist() == [4, 4, 4] and float(weights["score_threshold"]) == pytest.approx(0.05)
+        assert (weights["labels.seg_layers.margin"] == 4).all()
+        assert weights["labels.seg_layers.score_threshold"].tolist() == pytest.approx([0.05] * 3)
 
     def test_without_the_segmentors_data_its_own_grid_serves(self, make):
         trainer = make("3d_detect")
@@ -320,12 +326,13 @@ def test_the_wrong_configuration_or_trainer(make):
 def test_resuming_keeps_the_calibration(make, tmp_path):
     trainer = make("3d_detect")
     trainer.initialize()
-    trainer._set_boxes(0.2, [1, 2, 3])
+    trainer._set_boxes(0.5, [0, 0, 0])
+    trainer._set_boxes(0.2, [1, 2, 3], 2)
     trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
     again = make("3d_detect")
     again.load_checkpoint(str(tmp_path / "checkpoint.pth"))
-    assert again.module.margin.tolist() == [1, 2, 3]
-    assert float(again.module.score_threshold) == pytest.approx(0.2)
+    assert again.module.margin.tolist() == [[0, 0, 0], [0, 0, 0], [1, 2, 3]]
+    assert again.module.score_threshold.tolist() == pytest.approx([0.5, 0.5, 0.2])
 
 
 def test_the_papers_detector_takes_the_defaults_place(make, monkeypatch):
