@@ -164,7 +164,7 @@ def quantise(
     score: Callable[[Callable[[np.ndarray], np.ndarray]], float] | None = None,
     max_drop: float = 0.0,
     keep_first: bool = True,
-    keep_last: int = 1,
+    keep_last: bool = True,
     threads: int | None = None,
 ) -> openvino.Model | onnx.ModelProto:
     """``model`` with its layers in int8, by NNCF's post-training quantisation.
@@ -179,7 +179,7 @@ def quantise(
         score: a number, higher where better, of a function from a patch to its logits. With it, layers that lose most
             are put back into their precision until no more than ``max_drop`` is lost on it.
         keep_first: whether ``model`` begins with the image.
-        keep_last: how many heads it ends with.
+        keep_last: whether it ends with the head.
         threads: on the CPU; ``None`` takes every core this process may use.
 
     Raises:
@@ -310,7 +310,7 @@ class _Layer:
     size: tuple[int, ...]
 
 
-def _kept(layers: Sequence[_Layer], keep_first: bool = True, keep_last: int = 1) -> list[str]:
+def _kept(layers: Sequence[_Layer], keep_first: bool = True, keep_last: bool = True) -> list[str]:
     """Names of the layers that are not quantised in any case."""
     convolutions = [layer for layer in layers if layer.kind == "convolution" and layer.static and not layer.grouped]
     ends = convolutions[:keep_first] + convolutions[len(convolutions) - keep_last :]
