@@ -134,11 +134,25 @@ def writing(path: Path):
         ) from error
 
 
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A folder inside ``folder`` until it is left; the default one for temporary files is often memory.
+
+    Raises:
+        JobError: it cannot be made.
+    """
+    with writing(folder):
+        made = tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-")
+    with made as path:
+        yield Path(path)
+
+
 class Arrays(Collection[np.ndarray]):
     """Arrays to calibrate on, in files of ``folder``, so that memory holds one at a time."""
 
     def __init__(self, folder: Path):
-        self.folder, self.count = Path(tempfile.mkdtemp(dir=folder)), 0
+        with writing(folder):
+            self.folder, self.count = Path(tempfile.mkdtemp(dir=folder)), 0
 
     def add(self, array: np.ndarray) -> None:
         with writing(self._path(self.count)):
