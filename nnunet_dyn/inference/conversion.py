@@ -366,8 +366,10 @@ def _layers_of_openvino(model: openvino.Model) -> list[_Layer]:
 
 
 def _layers_of_onnx(model: onnx.ModelProto) -> list[_Layer]:
+    import onnx
+
     kinds = {"Conv": "convolution", "ConvTranspose": "transposed", "MatMul": "product", "Gemm": "product"}
-    graph = model.graph
+    graph = onnx.shape_inference.infer_shapes(model).graph  # an exporter need not write them all
     moving = {entry.name for entry in graph.input} - {entry.name for entry in graph.initializer}
     shapes = {
         entry.name: tuple(axis.dim_value for axis in entry.type.tensor_type.shape.dim)
