@@ -1,8 +1,8 @@
 """Crops of many sizes in OpenVINO: one model for any size beside a model compiled for each, and what compiling takes.
 
 The network is that of the ROI cascade's segmentor; weights are random, and int8 is calibrated on noise. Every round
-runs both models on a crop of each size, in turn, and the median of the ratios is reported. Example, on a machine that
-does nothing else:
+runs both models on a crop of each size, the one for any size first in every second round; the median of the ratios is
+reported. Example, on a machine that does nothing else:
 
     python benchmarks/crop_sizes.py --threads 2 --output benchmarks/results/crop_sizes.json
 """
@@ -43,7 +43,10 @@ def measure(name: str, precisions: list[str], threads: int, rounds: int) -> list
                 both = [lambda: run(ready[None], crop), lambda: run(ready[tuple(crop.shape)], crop)]  # noqa: B023
                 first = engines.seconds(both[0])
                 engines.seconds(both[1])
-                pairs = [[engines.seconds(each) for each in both] for _ in range(rounds)]
+                pairs = []
+                for number in range(rounds):
+                    taken_by = [engines.seconds(each) for each in (reversed(both) if number % 2 else both)]
+                    pairs.append(taken_by[::-1] if number % 2 else taken_by)
                 rows.append(
                     {
                         "network": name,

@@ -40,6 +40,8 @@ _SIZES = 4
 Variant = tuple[int, ...]
 # From one row to its outputs.
 Run = Callable[[torch.Tensor], Sequence[np.ndarray]]
+# What runs a model that has been read, on inputs of just one shape, or of any: ``None``.
+Make = Callable[[Size | None], Run]
 
 
 @dataclass
@@ -269,10 +271,11 @@ class CascadeEngine(TorchEngine):
 
 
 class _Models:
-    """The models of one fold, each of them for one row at a time; made when they are first used."""
+    """The models of one fold, each of them for one row at a time: read at once, compiled when first used."""
 
     def __init__(self, files: Mapping[Variant, Path], engine: CascadeEngine):
-        self.files, self.engine = files, engine
+        self.engine, make = engine, _of_openvino if engine.name == "openvino" else _of_onnxruntime
+        self._makes = {variant: make(file, engine) for variant, file in files.items()}
         self._ready: dict[tuple[Variant, Size | None], Run] = {}
 
     def prepare(self, variant: Variant, shape: Size | None = None) -> Run:
@@ -282,8 +285,7 @@ class _Models:
             shape: for inputs of just this shape; ``None`` for any that the model takes.
         """
         if (variant, shape) not in self._ready:
-            make = _in_openvino if self.engine.name == "openvino" else _in_onnxruntime
-            self._ready[variant, shape] = make(self.files[variant], self.engine, shape)
+            self._ready[variant, shape] = self._makes[variant](shape)
         return self._ready[variant, shape]
 
 
@@ -294,21 +296,26 @@ def _by_row(run: Run, x: torch.Tensor) -> list[torch.Tensor]:
     return [torch.cat(of_output) for of_output in zip(*rows, strict=True)]
 
 
-def _in_openvino(file: Path, engine: CascadeEngine, shape: Size | None) -> Run:
-    from nnunet_dyn.inference.openvino_engine import compiled, computes_in, run
+def _of_openvino(file: Path, engine: CascadeEngine) -> Make:
+    from nnunet_dyn.inference.openvino_engine import compiled, computes_in, read, run
 
-    model = compiled(file, engine.precision, engine.threads, shape)
-    engine.computes_in = computes_in(model)
-    request = model.create_infer_request()
-    return lambda row: run(request, row)
+    model = read(file)
+
+    def make(shape: Size | None) -> Run:
+        ready = compiled(model, engine.precision, engine.threads, shape)
+        engine.computes_in = computes_in(ready)
+        request = ready.create_infer_request()
+        return lambda row: run(request, row)
+
+    return make
 
 
-def _in_onnxruntime(file: Path, engine: CascadeEngine, shape: Size | None) -> Run:
+def _of_onnxruntime(file: Path, engine: CascadeEngine) -> Make:
     from nnunet_dyn.inference.onnxruntime_engine import session
 
     ready = session(file, engine.threads)
     name = ready.get_inputs()[0].name
-    return lambda row: ready.run(None, {name: row.contiguous().numpy()})
+    return lambda shape: lambda row: ready.run(None, {name: row.contiguous().numpy()})
 
 
 def _attach_detector(network: DetectorNetwork, models: _Models, content: _Content, shape: Size) -> None:

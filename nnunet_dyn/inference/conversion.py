@@ -134,11 +134,25 @@ def writing(path: Path):
         ) from error
 
 
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A folder inside ``folder`` until it is left; the default one for temporary files is often memory.
+
+    Raises:
+        JobError: it cannot be made.
+    """
+    with writing(folder):
+        made = tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-")
+    with made as path:
+        yield Path(path)
+
+
 class Arrays(Collection[np.ndarray]):
     """Arrays to calibrate on, in files of ``folder``, so that memory holds one at a time."""
 
     def __init__(self, folder: Path):
-        self.folder, self.count = Path(tempfile.mkdtemp(dir=folder)), 0
+        with writing(folder):
+            self.folder, self.count = Path(tempfile.mkdtemp(dir=folder)), 0
 
     def add(self, array: np.ndarray) -> None:
         with writing(self._path(self.count)):
@@ -164,7 +178,7 @@ def quantise(
     score: Callable[[Callable[[np.ndarray], np.ndarray]], float] | None = None,
     max_drop: float = 0.0,
     keep_first: bool = True,
-    keep_last: int = 1,
+    keep_last: bool = True,
     threads: int | None = None,
 ) -> openvino.Model | onnx.ModelProto:
     """``model`` with its layers in int8, by NNCF's post-training quantisation.
@@ -179,7 +193,7 @@ def quantise(
         score: a number, higher where better, of a function from a patch to its logits. With it, layers that lose most
             are put back into their precision until no more than ``max_drop`` is lost on it.
         keep_first: whether ``model`` begins with the image.
-        keep_last: how many heads it ends with.
+        keep_last: whether it ends with the head.
         threads: on the CPU; ``None`` takes every core this process may use.
 
     Raises:
@@ -310,7 +324,7 @@ class _Layer:
     size: tuple[int, ...]
 
 
-def _kept(layers: Sequence[_Layer], keep_first: bool = True, keep_last: int = 1) -> list[str]:
+def _kept(layers: Sequence[_Layer], keep_first: bool = True, keep_last: bool = True) -> list[str]:
     """Names of the layers that are not quantised in any case."""
     convolutions = [layer for layer in layers if layer.kind == "convolution" and layer.static and not layer.grouped]
     ends = convolutions[:keep_first] + convolutions[len(convolutions) - keep_last :]
@@ -352,8 +366,10 @@ def _layers_of_openvino(model: openvino.Model) -> list[_Layer]:
 
 
 def _layers_of_onnx(model: onnx.ModelProto) -> list[_Layer]:
+    import onnx
+
     kinds = {"Conv": "convolution", "ConvTranspose": "transposed", "MatMul": "product", "Gemm": "product"}
-    graph = model.graph
+    graph = onnx.shape_inference.infer_shapes(model).graph  # an exporter need not write them all
     moving = {entry.name for entry in graph.input} - {entry.name for entry in graph.initializer}
     shapes = {
         entry.name: tuple(axis.dim_value for axis in entry.type.tensor_type.shape.dim)

@@ -27,7 +27,7 @@ from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
 from nnunet_dyn.decisions import DecidingNetwork
 from nnunet_dyn.errors import JobError, NotFiniteError, UsageError
 from nnunet_dyn.inference.cascade import CascadeEngine, Crops, crops_of, write_detector, write_segmentor
-from nnunet_dyn.inference.conversion import ENDINGS, convert, quantise, runner, save, writing
+from nnunet_dyn.inference.conversion import ENDINGS, convert, quantise, runner, save, scratch, writing
 from nnunet_dyn.inference.engines import MANIFEST, Engine, TorchEngine, check_engine, check_installed
 from nnunet_dyn.inference.exported import FIRST_STAGE, Manifest, engine_of, is_exported, load_exported, sha256
 from nnunet_dyn.inference.model_folder import CHECKPOINT, Model, available_folds, first_stage_folder, load_model
@@ -263,10 +263,10 @@ def _write_deciding(
     network, shape, is_int8 = model.network, model.input_shape, options.precision == "int8"
     if isinstance(network, ROISegmentor):
         crops = Crops()
-        with tempfile.TemporaryDirectory() as seen:
+        with scratch(folder) as seen:
             if names:
                 tiles = predictor_of(model, TorchEngine(network, None, torch.device("cpu"), "fp32")).tiles
-                crops = crops_of(network, cases, names, tiles, Path(seen))
+                crops = crops_of(network, cases, names, tiles, seen)
             written = write_segmentor(
                 network, crops, options.engine, options.precision, shape, folder, name, options.threads
             )
@@ -404,7 +404,7 @@ def _umask() -> int:
 
 
 def _hand_on(
-    first: _FirstStage, cases: Cases, fold: int | str, options: ExportOptions, folder: Path, scratch: Path, report
+    first: _FirstStage, cases: Cases, fold: int | str, options: ExportOptions, folder: Path, to: Path, report
 ) -> tuple[Cases, Cases]:
     """``cases`` with what the original detector finds in them, and with what the exported one does."""
     training, validation = cases.split(fold)
@@ -413,7 +413,8 @@ def _hand_on(
     exported = load_exported(folder / FIRST_STAGE).engine(tuple(first.which(fold)), options.threads)
     handed = []
     for engine, names in ((first.original(fold, options.threads), training + validation), (exported, validation)):
-        own = Path(tempfile.mkdtemp(dir=scratch))
+        with writing(to):
+            own = Path(tempfile.mkdtemp(dir=to))
         # Of fold "all" both are the same cases.
         handed.append(first.cases.hand_on(predictor_of(first.model, engine), sorted(set(names)), cases, own))
     return handed[0], handed[1]
@@ -503,10 +504,10 @@ def _write(
     for fold, parameters in zip(folds, model.parameters, strict=True):
         original = TorchEngine(model.network, [parameters], torch.device("cpu"), "fp32", options.threads)
         original.load(0)
-        with tempfile.TemporaryDirectory() as scratch:
+        with scratch(folder) as handed_on:
             cases_of_fold, of_exported = cases, None
             if first is not None and cases is not None:
-                cases_of_fold, of_exported = _hand_on(first, cases, fold, options, folder, Path(scratch), report)
+                cases_of_fold, of_exported = _hand_on(first, cases, fold, options, folder, handed_on, report)
             check = None
             if cases is not None:
                 check = _Check(model, original, cases_of_fold, fold, options, report, of_exported)

@@ -66,6 +66,21 @@ def of_threads(threads: int) -> dict[str, int | bool]:
     return {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": threads >= available_cores()}
 
 
+def read(file: Path) -> openvino.Model:
+    """The model in ``file``.
+
+    Raises:
+        JobError: it cannot be read.
+    """
+    send_no_usage_data()
+    import openvino
+
+    try:
+        return openvino.Core().read_model(file)
+    except RuntimeError as error:
+        raise _cannot_run(file, error) from error
+
+
 def compiled(
     model: Path | openvino.Model, precision: str, threads: int, shape: Sequence[int] | None = None
 ) -> openvino.CompiledModel:
@@ -77,19 +92,24 @@ def compiled(
     Raises:
         JobError: a file that cannot be read, or a model that OpenVINO cannot run.
     """
-    send_no_usage_data()
+    ready = read(model) if isinstance(model, Path) else model
     import openvino
 
     config = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY"} | of_threads(threads)
-    core = openvino.Core()
     try:
         if shape is not None:
-            model = core.read_model(model)
-            model.reshape(list(shape))
-        return core.compile_model(model, "CPU", config)
+            ready = ready.clone()
+            ready.reshape(list(shape))
+        return openvino.Core().compile_model(ready, "CPU", config)
     except RuntimeError as error:
-        name = model if isinstance(model, Path) else "the network"
-        raise JobError(
-            f"OpenVINO {openvino.__version__} cannot run {name}: {str(error).splitlines()[-1][:300]}. Take the version "
-            "the model was exported with, or another engine."
-        ) from error
+        raise _cannot_run(model, error) from error
+
+
+def _cannot_run(model: Path | openvino.Model, error: RuntimeError) -> JobError:
+    import openvino
+
+    name = model if isinstance(model, Path) else "the network"
+    return JobError(
+        f"OpenVINO {openvino.__version__} cannot run {name}: {str(error).splitlines()[-1][:300]}. Take the version "
+        "the model was exported with, or another engine."
+    )

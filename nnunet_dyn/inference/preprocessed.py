@@ -20,6 +20,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager, convert_labelmap_to_one_hot
 
 from nnunet_dyn.errors import JobError, UsageError
+from nnunet_dyn.inference.conversion import writing
 from nnunet_dyn.inference.model_folder import Model, first_stage_folder
 
 # Patches that are sure to show foreground; the others show what is around it.
@@ -161,21 +162,27 @@ class Cases:
 
         Args:
             folder: an empty one, for the segmentations.
+
+        Raises:
+            JobError: a case cannot be read, or its segmentation not written.
         """
         dataset_class = infer_dataset_class(str(to.folder))
         for name in names:
             logits = predictor.predict_logits_from_preprocessed_data(self.load(name)[0])
-            resample_and_save(
-                logits,
-                dataset_class(str(to.folder), [name]).load_case(name)[0].shape[1:],
-                str(folder / name),
-                self.model.plans,
-                self.model.configuration,
-                self._dataset([name]).load_case(name)[3],
-                self.model.dataset,
-                torch.get_num_threads(),
-                dataset_class,
-            )
+            shape = dataset_class(str(to.folder), [name]).load_case(name)[0].shape[1:]
+            properties = self._dataset([name]).load_case(name)[3]
+            with writing(folder / name):
+                resample_and_save(
+                    logits,
+                    shape,
+                    str(folder / name),
+                    self.model.plans,
+                    self.model.configuration,
+                    properties,
+                    self.model.dataset,
+                    torch.get_num_threads(),
+                    dataset_class,
+                )
         return replace(to, previous_stage=folder)
 
     def segment(self, logits: torch.Tensor) -> np.ndarray:

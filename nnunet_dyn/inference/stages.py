@@ -7,7 +7,6 @@ shape is fixed, there is a model of a module for each size that it can meet: the
 from __future__ import annotations
 
 import json
-import tempfile
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
@@ -21,7 +20,7 @@ from torch import nn
 
 from nnunet_dyn.architectures.med_danet import Decision, MedDANetV2, crop_size
 from nnunet_dyn.errors import JobError
-from nnunet_dyn.inference.conversion import Arrays, convert, quantise, save, writing
+from nnunet_dyn.inference.conversion import Arrays, convert, quantise, save, scratch, writing
 from nnunet_dyn.inference.engines import TorchEngine
 from nnunet_dyn.inference.openvino_engine import compiled, computes_in, run
 from nnunet_dyn.quantization import FULL_PRECISION, current_width
@@ -50,8 +49,8 @@ def write_stages(
     _fuse(network, tuple(slices[0].shape[2:]))
     stages = _stages(network)
     parts = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for (path, size), seen in _seen(network, stages, slices, Path(scratch)).items():
+    with scratch(folder) as inputs:
+        for (path, size), seen in _seen(network, stages, slices, inputs).items():
             stage, shape = stages[path], next(iter(seen)).shape
             precisions = {precision_of(width) for width in _widths(network, stage)}
             plain = convert(deepcopy(network.get_submodule(path)), "openvino", shape)

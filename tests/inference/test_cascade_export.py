@@ -122,7 +122,7 @@ def test_one_call_by_the_command(segmentors, exported, tmp_path, capsys, monkeyp
     def refuse(*_, **__):
         raise AssertionError("something was unpickled")
 
-    images = models.write_cases(tmp_path / "images", {"case_0": bright_cubes(CUBE, FAR, seed=7)})
+    images = models.write_cases(tmp_path / "images", {"case_0": bright_cubes(FAR, seed=7)})
     common = ["predict", "-i", str(images), "--threads", "1", "--json", "--save-decisions"]
     assert cli.main([*common, "-m", str(segmentors["stages"][0]), "-f", "0", "-o", str(tmp_path / "torch")]) == 0
     capsys.readouterr()
@@ -147,6 +147,18 @@ def test_where_nothing_is_detected_nothing_is_run(exported, monkeypatch):
     predicted = predictor.predict(bright_cubes(), (1, 1, 1))
     assert predicted.decisions.warnings == (NOTHING_FOUND,) and not predicted.segmentation.any()
     assert predicted.decisions.totals()["shares"] == {"skip": 1.0}
+
+
+@pytest.mark.parametrize("network", list(NETWORKS))
+def test_nothing_is_read_in_the_middle_of_a_case(exported, sizes, tmp_path, network):
+    """What is compiled then is what had the hash."""
+    folder = shutil.copytree(exported[network], tmp_path / "copy")
+    predictors = [Predictor.from_folder(each, threads=1) for each in (exported[network], folder)]
+    shutil.rmtree(folder)
+    loaded = len(sizes)
+    one, other = (predictor.predict(bright_cubes(FAR), (1, 1, 1)).segmentation for predictor in predictors)
+    assert len(np.unique(one)) > 2 and (one == other).all()
+    assert network != "stages" or len(sizes) > loaded
 
 
 def test_boxes_may_still_come_from_files(exported):
@@ -233,6 +245,7 @@ def test_a_detector_alone_is_exported_in_fp32(segmentors, tmp_path, capsys):
             lambda folder: (folder / "first_stage" / "fold_0.npz").write_bytes(b""),
             "fold_0.npz is not the file",
         ),
+        (lambda folder: replace(folder, "fold_0.1.xml", b""), "OpenVINO .* cannot run .*fold_0.1.xml"),
         (lambda folder: relist(folder, parts=[]), r"Cannot read .*fold_0.json: ValueError: variants got \[\]"),
         (lambda folder: relist(folder, rest="plans.json"), r"Cannot read .*fold_0.json: .*"),
         (lambda folder: relist(folder, rest="../other"), r"lists \.\./other, of which .* has no hash"),
@@ -249,9 +262,14 @@ def test_a_damaged_folder_is_one_error(exported, tmp_path, spoil, expected):
 def relist(folder, **changes):
     """Change what a fold lists, and its hash."""
     content = json.loads((folder / "fold_0.json").read_text()) | changes
-    (folder / "fold_0.json").write_text(json.dumps(content))
+    replace(folder, "fold_0.json", json.dumps(content).encode())
+
+
+def replace(folder, name, content):
+    """Write another file in the place of one, and its hash."""
+    (folder / name).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["fold_0.json"] = sha256(folder / "fold_0.json")
+    manifest["files"][name] = sha256(folder / name)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

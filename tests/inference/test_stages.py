@@ -50,7 +50,9 @@ def network(slices) -> MedDANetV2:
 @pytest.fixture(scope="module")
 def exported(network, slices, tmp_path_factory) -> StagesEngine:
     folder = tmp_path_factory.mktemp("exported")
-    name = write_stages(network, [x.numpy() for x in slices.split(1)], folder, "fold_0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(folder / "which is memory"))
+        name = write_stages(network, [x.numpy() for x in slices.split(1)], folder, "fold_0")
     engine = StagesEngine(build(7), [folder / name], PATCH, threads=1)  # other weights, none of which may matter
     engine.load(0)
     return engine
