@@ -282,6 +282,22 @@ def test_without_the_detectors_data_nothing_is_checked(segmentors, converted, tm
     assert Predictor.from_folder(folder, threads=1).predict(bright_cubes(FAR), (1, 1, 1)).segmentation.any()
 
 
+def test_paper_mode(tmp_path):
+    """A model for each cube, which crops are resampled to."""
+    template = tmp_path / "mine.json"
+    own = json.loads((Path(plans_templates.__file__).parent / "roi_cascade.json").read_text())
+    own["arch_kwargs"]["mode"] = "paper"
+    template.write_text(json.dumps(own))
+    segmentor = write_cascade(tmp_path / "results", str(template), patch_size=(16, 32, 32))
+    folder = tmp_path / "exported"
+    assert export(segmentor, tmp_path, folder, "openvino", "fp32", "--force") == 0
+    listed = json.loads((folder / "fold_0.json").read_text())
+    assert [part["variant"] for part in listed["parts"]] == [[16] * 3, [32] * 3, [64] * 3] and listed["sizes"] == []
+    predictors = (Predictor.from_folder(each, (0,), device="cpu", threads=1) for each in (segmentor, folder))
+    expected, got = (predictor.predict(bright_cubes(FAR), (1, 1, 1)) for predictor in predictors)
+    assert (expected.segmentation == got.segmentation).mean() >= 0.9999 and len(np.unique(got.segmentation)) > 2
+
+
 def test_a_full_disk_is_one_error(segmentors, tmp_path, monkeypatch, capsys):
     """Where the detector's boxes are written for the segmentor."""
     segmentor, data = segmentors["stages"]
