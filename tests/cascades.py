@@ -43,14 +43,20 @@ def give_every_class(network):
         parameter *= 10
 
 
-def write_cascade(results: Path, template: str = "roi_cascade", **options) -> Path:
-    """The model folders of both stages in ``results``; that of the segmentor. Their data have folders of their own."""
+def write_cascade(
+    results: Path, template: str = "roi_cascade", patch_size: Sequence[int] = (16, 16, 16), **options
+) -> Path:
+    """The model folders of both stages in ``results``; that of the segmentor. Their data have folders of their own.
+
+    Args:
+        patch_size: of the segmentor.
+    """
     detector, segmentor = (results / name for name in ROI_NAMES)
     common = {"trainer": TRAINER, "template": template} | options
     models.write_model(detector, part="3d_detect", spacing=(2, 2, 2), mirroring=None, patch_size=(16, 24, 24),
                        prepare=find_the_cube, **common)  # fmt: skip
     models.write_model(segmentor, part="3d_roi", previous_stage="3d_detect", mirroring=(2,),
-                       prepare=give_every_class, **common)  # fmt: skip
+                       patch_size=patch_size, prepare=give_every_class, **common)  # fmt: skip
     plans = json.loads((detector / "plans.json").read_text())
     plans["configurations"]["3d_detect"]["data_identifier"] = "nnUNetDynPlans_3d_detect"
     (detector / "plans.json").write_text(json.dumps(plans))
