@@ -6,11 +6,11 @@ The regions are those of the BraTS challenge: whole tumour, core, enhancing. Exa
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from scipy.ndimage import gaussian_filter
 
 from nnunet_dyn.demo.generator import Anatomy
@@ -101,14 +101,9 @@ def write_dataset(
             written = sitk.GetImageFromArray(volume)
             written.SetSpacing(SPACING[::-1])
             sitk.WriteImage(written, str(dataset / f"{name}.nii.gz"), useCompression=True)
-    description = {
-        "channel_names": dict(enumerate(CONTRASTS)),
-        "labels": REGIONS,
-        "regions_class_order": [OEDEMA, CORE, ENHANCING],
-        "numTraining": train,
-        "file_ending": ".nii.gz",
-    }
-    (dataset / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
+    channels, labels, order = dict(enumerate(CONTRASTS)), dict(REGIONS), (OEDEMA, CORE, ENHANCING)
+    origin = {"regions_class_order": order, "license": "generated", "converted_by": Path(__file__).name}
+    generate_dataset_json(str(dataset), channels, labels, train, ".nii.gz", **origin)
     return dataset
 
 

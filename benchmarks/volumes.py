@@ -6,11 +6,11 @@ Example:
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from scipy.ndimage import gaussian_filter
 
 #: Brightness above the noise, whose standard deviation is 1, by class.
@@ -51,13 +51,9 @@ def write_dataset(folder: Path, size: int, train: int, test: int, seed: int = 0,
         image, labels = generate(seed, index, side)
         for name, volume in ((f"images{part}/{case}_0000", image), (f"labels{part}/{case}", labels)):
             sitk.WriteImage(sitk.GetImageFromArray(volume), str(dataset / f"{name}.nii.gz"), useCompression=True)
-    description = {
-        "channel_names": {"0": "noise"},
-        "labels": {"background": 0} | {name: label for label, name in enumerate(BRIGHTNESS, 1)},
-        "numTraining": train + 1,
-        "file_ending": ".nii.gz",
-    }
-    (dataset / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
+    labels = {"background": 0} | {name: label for label, name in enumerate(BRIGHTNESS, 1)}
+    origin = {"license": "generated", "converted_by": Path(__file__).name}
+    generate_dataset_json(str(dataset), {0: "noise"}, labels, train + 1, ".nii.gz", **origin)
     return dataset
 
 

@@ -325,9 +325,10 @@ class GuidedShuffleNet(ShuffleNetV2):
     """
 
     def __init__(self, input_channels: int, outputs: int, guided: bool):
-        super().__init__([4, 8, 4], [24, 48, 96, 192, 1024], num_classes=outputs)
+        widths = [24, 48, 96, 192, 1024]
+        super().__init__([4, 8, 4], widths, num_classes=outputs)
         self.conv1[0] = nn.Conv2d(input_channels, self.conv1[0].out_channels, 3, 2, 1, bias=False)
-        self.where = nn.ModuleList(nn.Conv2d(channels, 1, 1) for channels in (48, 96, 1024) if guided)
+        self.where = nn.ModuleList(nn.Conv2d(channels, 1, 1) for channels in (*widths[1:3], widths[-1]) if guided)
         self.register_load_state_dict_pre_hook(self._add_missing_maps)
 
     @staticmethod

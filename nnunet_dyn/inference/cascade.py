@@ -14,7 +14,6 @@ predicted before it.
 from __future__ import annotations
 
 import json
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -28,8 +27,9 @@ from torch import nn
 from nnunet_dyn.architectures.roi import DetectorNetwork
 from nnunet_dyn.architectures.roi_segmentor import ROISegmentor, Size
 from nnunet_dyn.errors import JobError
-from nnunet_dyn.inference.conversion import ENDINGS, Arrays, convert, quantise, save, writing
+from nnunet_dyn.inference.conversion import ENDINGS, Arrays, convert, quantise, save
 from nnunet_dyn.inference.engines import TorchEngine
+from nnunet_dyn.inference.parts import load_rest, reading, weights_of, write_list
 from nnunet_dyn.inference.preprocessed import Cases
 
 # Of each calibration case, as many as patches of other networks.
@@ -101,7 +101,8 @@ def write_detector(network: DetectorNetwork, engine: str, shape: Size, folder: P
     model = convert(layers, engine, shape)
     file = f"{name}{ENDINGS[engine]}"
     save(model, folder / file)
-    return _write(network, folder, name, {"parts": [{"variant": [], "file": file}], "outputs": layers.names})
+    content = {"parts": [{"variant": [], "file": file}], "outputs": layers.names}
+    return write_list(folder, name, content, _rest(network))
 
 
 def write_segmentor(
@@ -141,7 +142,7 @@ def write_segmentor(
         save(model, folder / file)
         parts.append({"variant": variant, "file": file})
     sizes = [size for size, _ in crops.sizes.most_common(_SIZES)] if network.mode == "own" else []
-    return _write(network, folder, name, {"parts": parts, "sizes": sizes})
+    return write_list(folder, name, {"parts": parts, "sizes": sizes}, _rest(network))
 
 
 class _Raw(nn.Module):
@@ -167,14 +168,6 @@ class _Variant(nn.Module):
         return self.network.enter(x, self.stages[0])[0] if self.stages else self.network(x)
 
 
-def _write(network: nn.Module, folder: Path, name: str, content: dict) -> str:
-    with writing(folder / f"{name}.npz"):
-        np.savez(folder / f"{name}.npz", **{key: value.numpy() for key, value in _rest(network).items()})
-    with writing(folder / f"{name}.json"):
-        (folder / f"{name}.json").write_text(json.dumps(content | {"rest": f"{name}.npz"}, indent=1))
-    return f"{name}.json"
-
-
 def _rest(network: nn.Module) -> dict[str, torch.Tensor]:
     """What ``network`` has learnt beside weights: margin, score, and whether the classes are regions."""
     buffers = dict(network.named_buffers())
@@ -192,7 +185,7 @@ class _Content:
 
     @classmethod
     def read(cls, file: Path) -> _Content:
-        try:
+        with reading(file):
             content = json.loads(file.read_text())
             return cls(
                 {tuple(map(int, part["variant"])): str(part["file"]) for part in content["parts"]},
@@ -200,8 +193,6 @@ class _Content:
                 tuple(map(str, content.get("outputs", ()))),
                 tuple(tuple(map(int, size)) for size in content.get("sizes", ())),
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _damaged(file, error) from error
 
 
 def listed(file: Path) -> list[str]:
@@ -212,15 +203,7 @@ def listed(file: Path) -> list[str]:
     """
     content = _Content.read(file)
     models = list(content.parts.values())
-    weights = [str(Path(name).with_suffix(".bin")) for name in models if name.endswith(".xml")]
-    return [*models, *weights, content.rest]
-
-
-def _damaged(file: Path, error: Exception) -> JobError:
-    return JobError(
-        f"Cannot read {file}: {type(error).__name__}: {' '.join(str(error).split())[:300]}. Expected that of an "
-        "exported ROI cascade; copy the folder again, or export the model again."
-    )
+    return [*models, *weights_of(models), content.rest]
 
 
 class CascadeEngine(TorchEngine):
@@ -250,15 +233,16 @@ class CascadeEngine(TorchEngine):
         self._networks = []
         for file in files:
             content, own = _Content.read(file), deepcopy(network)
-            _load_rest(own, file, content)
+            with reading(file):
+                load_rest(own, file.parent / content.rest, _rest(own))
             models = _Models({key: file.parent / name for key, name in content.parts.items()}, self)
             if isinstance(own, DetectorNetwork):
                 expected, attach = {()}, _attach_detector
             else:
                 expected, attach = set(own.variants(shape[2:])), _attach_segmentor
-            if content.parts.keys() != expected:
-                error = ValueError(f"variants got {sorted(content.parts)}; expected {sorted(expected)}")
-                raise _damaged(file, error)
+            with reading(file):
+                if content.parts.keys() != expected:
+                    raise ValueError(f"variants got {sorted(content.parts)}; expected {sorted(expected)}")
             attach(own, models, content, shape)
             _drop_weights(own)
             self._networks.append(own)
@@ -342,17 +326,6 @@ def _attach_segmentor(network: ROISegmentor, models: _Models, content: _Content,
     # What is needed most; now, so that a model which cannot run is known before the first case.
     run(content.sizes[0] if content.sizes else next(iter(network.variants(shape[2:]).values()))[0])
     network.segment_crops = segment_crops
-
-
-def _load_rest(network: nn.Module, file: Path, content: _Content) -> None:
-    expected = _rest(network).keys()
-    try:
-        with np.load(file.parent / content.rest, allow_pickle=False) as rest:
-            if rest.keys() != expected:
-                raise ValueError(f"{content.rest} differs in {', '.join(sorted(rest.keys() ^ expected))}")
-            network.load_state_dict({key: torch.from_numpy(rest[key]) for key in rest}, strict=False)
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
-        raise _damaged(file, error) from error
 
 
 def _drop_weights(network: nn.Module) -> None:

@@ -13,6 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.inference.engines import CPU_PRECISIONS, MANIFEST, Engine, check_installed
 from nnunet_dyn.inference.model_folder import CHECKPOINT, build_network, check_classes
+from nnunet_dyn.inference.parts import weights_of
 
 #: Of the manifest. A folder with a higher one was written by a version that this one does not know.
 FORMAT = 1
@@ -69,7 +70,7 @@ class Manifest:
             raise ValueError(f"engine and precision got {self.engine} {self.precision}; expected an engine's own.")
         if len(self.models) != len(self.folds) or not self.folds:
             raise ValueError(f"models got {self.models} for folds {self.folds}; expected one of each fold.")
-        weights = [str(Path(name).with_suffix(".bin")) for name in self.models if name.endswith(".xml")]
+        weights = weights_of(self.models)
         if missing := {"plans.json", "dataset.json", *self.models, *weights} - set(self.files):
             raise ValueError(f"files got no hash of {', '.join(sorted(missing))}; expected one of every file.")
         if any(Path(name).name != name for name in self.files):

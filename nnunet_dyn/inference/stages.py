@@ -7,7 +7,6 @@ shape is fixed, there is a model of a module for each size that it can meet: the
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from itertools import islice
@@ -19,10 +18,10 @@ import torch
 from torch import nn
 
 from nnunet_dyn.architectures.med_danet import Decision, MedDANetV2, crop_size
-from nnunet_dyn.errors import JobError
-from nnunet_dyn.inference.conversion import Arrays, convert, quantise, save, scratch, writing
+from nnunet_dyn.inference.conversion import Arrays, convert, quantise, save, scratch
 from nnunet_dyn.inference.engines import TorchEngine
 from nnunet_dyn.inference.openvino_engine import compiled, computes_in, run
+from nnunet_dyn.inference.parts import load_rest, reading, weights_of, write_list
 from nnunet_dyn.quantization import FULL_PRECISION, current_width
 
 Size = tuple[int, int]
@@ -72,11 +71,7 @@ def write_stages(
                 for precision in precisions:
                     if (precision == "int8") == (kind == "int8"):
                         parts.append({"module": path, "size": size, "precision": precision, "file": file})
-    with writing(folder / f"{name}.npz"):
-        np.savez(folder / f"{name}.npz", **{key: value.numpy() for key, value in _rest(network).items()})
-    with writing(folder / f"{name}.json"):
-        (folder / f"{name}.json").write_text(json.dumps({"parts": parts, "rest": f"{name}.npz"}, indent=1))
-    return f"{name}.json"
+    return write_list(folder, name, {"parts": parts}, _rest(network))
 
 
 def listed(file: Path) -> list[str]:
@@ -87,12 +82,12 @@ def listed(file: Path) -> list[str]:
     """
     parts, rest = _read(file)
     models = [part["file"] for part in parts]
-    return [*models, *(str(Path(name).with_suffix(".bin")) for name in models), rest]
+    return [*models, *weights_of(models), rest]
 
 
 def _read(file: Path) -> tuple[list[dict], str]:
     """The parts, and the name of the file with the rest."""
-    try:
+    with reading(file):
         content = json.loads(file.read_text())
         parts = [
             {"module": str(part["module"]), "size": tuple(map(int, part["size"])), "precision": part["precision"]}
@@ -102,15 +97,6 @@ def _read(file: Path) -> tuple[list[dict], str]:
         if unknown := {part["precision"] for part in parts} - {"fp32", "bf16", "int8"}:
             raise ValueError(f"precision got {unknown}")
         return parts, str(content["rest"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(file, error) from error
-
-
-def _damaged(file: Path, error: Exception) -> JobError:
-    return JobError(
-        f"Cannot read {file}: {type(error).__name__}: {' '.join(str(error).split())[:300]}. Expected that of an "
-        "exported Med-DANet V2; copy the folder again, or export the model again."
-    )
 
 
 class StagesEngine(TorchEngine):
@@ -146,16 +132,10 @@ def _load(network: MedDANetV2, file: Path, threads: int) -> MedDANetV2:
     files: dict[str, dict[tuple[Size, str], Path]] = {}
     for part in parts:
         files.setdefault(part["module"], {})[part["size"], part["precision"]] = file.parent / part["file"]
-    try:
+    with reading(file):
         if files.keys() != _stages(network).keys():
             raise ValueError(f"modules got {', '.join(sorted(files))}; expected {', '.join(sorted(_stages(network)))}")
-        expected = _rest(network).keys()
-        with np.load(file.parent / rest_name, allow_pickle=False) as rest:
-            if rest.keys() != expected:
-                raise ValueError(f"{rest_name} differs in {', '.join(sorted(rest.keys() ^ expected))}")
-            network.load_state_dict({key: torch.from_numpy(rest[key]) for key in rest}, strict=False)
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
-        raise _damaged(file, error) from error
+        load_rest(network, file.parent / rest_name, _rest(network))
     for path, of_module in files.items():
         parent, _, child = path.rpartition(".")
         setattr(network.get_submodule(parent), child, _Compiled(of_module, threads))

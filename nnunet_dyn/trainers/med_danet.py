@@ -264,7 +264,7 @@ class MedDANetTrainer(CalibratedTrainer):
         """``target: (B, 1 or regions, H, W)`` → ``(B, H, W)``, true where there is a class; ignored voxels are not."""
         if self.label_manager.has_regions:
             return target[:, : self.label_manager.num_segmentation_heads].bool().any(1)
-        return (target[:, 0] > 0) & (target[:, 0] != (self.label_manager.ignore_label or -1))
+        return (target[:, 0] > 0) & ~self.ignored(target)
 
     def random_centres(self, target: torch.Tensor) -> torch.Tensor:
         """Where crops are placed before the position network has learned to: ``(B, 2)``, in voxels."""
@@ -293,9 +293,8 @@ class MedDANetTrainer(CalibratedTrainer):
         for logits in maps:
             has_any, is_ignored = (F.adaptive_max_pool2d(voxels, logits.shape[2:]) for voxels in (foreground, ignored))
             # Foreground fills few cells, and to miss it is what costs.
-            losses = F.binary_cross_entropy_with_logits(
-                logits.float(), has_any, reduction="none", pos_weight=logits.new_tensor(FOREGROUND_WEIGHT).float()
-            )
+            weight = logits.new_tensor(FOREGROUND_WEIGHT)
+            losses = F.binary_cross_entropy_with_logits(logits, has_any, reduction="none", pos_weight=weight)
             known = torch.maximum(has_any, 1 - is_ignored)
             total = total + (losses * known).sum() / known.sum().clamp(min=1)
         return total / len(maps)
