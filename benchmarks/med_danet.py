@@ -3,7 +3,7 @@
 Everything goes through the commands of nnU-Net and of this package, in ``folder``: data are generated (or taken from
 ``--dataset``), planned and preprocessed, each row is trained on fold 0, held-out cases are predicted and evaluated.
 What is done already is not done again, so a folder is for one set of arguments. The rows that decide take the schedule
-``guided`` (docs/med_danet.md) for four times the epochs: all rows segment equally often. Example:
+``guided`` (docs/med_danet.md) for five times the epochs: all rows segment equally often. Example:
 
     python benchmarks/med_danet.py work --output benchmarks/results/med_danet.json
 """
@@ -33,8 +33,8 @@ ROWS = {
     "quantised": {"policy_space": ["whole"]},
     "both": {"schedule": "guided"},
 }
-#: By schedule: a quarter of the guided epochs segment, so that all rows segment equally often.
-LONGER = {"guided": 4}
+#: By schedule: a fifth of the guided epochs segment, so that all rows segment equally often.
+LONGER = {"guided": 5}
 PLANS = "nnUNetDynPlans"
 
 

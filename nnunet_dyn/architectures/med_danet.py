@@ -92,10 +92,10 @@ SCHEDULES: dict[str, tuple[Phase, ...]] = {
         Phase("policy", 50 / 350, frozenset({"policy"}), False, True, True),
     ),
     "guided": (
-        Phase("deciding", 0.75, frozenset({"policy", "position"}), False, False, False, segments=False, rate=15.0),
-        Phase("full precision", 0.15, frozenset({"segmentation", "policy", "position"}), False, False, True),
-        Phase("bits", 0.05, frozenset({"segmentation", "position", "selectors"}), False, True, True),
-        Phase("everything", 0.05, frozenset(PARTS), False, True, True),
+        Phase("deciding", 0.80, frozenset({"policy", "position"}), False, False, False, segments=False, rate=15.0),
+        Phase("full precision", 0.12, frozenset({"segmentation", "policy", "position"}), False, False, True),
+        Phase("bits", 0.04, frozenset({"segmentation", "position", "selectors"}), False, True, True),
+        Phase("everything", 0.04, frozenset(PARTS), False, True, True),
     ),
 }
 
@@ -129,7 +129,7 @@ class MedDANetOptions:
     quantise: Literal["all", "encoder"] = "all"
     cost_weight: float = 1.0
     guidance: float = 1.0
-    view_stride: int = 2
+    view_stride: int = 1
     schedule: str = "paper"
 
     def __post_init__(self):
@@ -302,6 +302,15 @@ def restore_at(x: torch.Tensor, corner: torch.Tensor, full: Size) -> torch.Tenso
     return rows.unsqueeze(1).transpose(2, 3) @ x @ columns.unsqueeze(1)
 
 
+def corner_around(centre: torch.Tensor, size: Sequence[int], full: Sequence[int]) -> torch.Tensor:
+    """First row and column, not rounded, of crops of ``size`` in slices of ``full`` voxels.
+
+    ``centre: (B, 2)``, in voxels, is in their middle, or as near to it as they can be.
+    """
+    size, full = (torch.tensor([*sides]).to(centre) for sides in (size, full))
+    return torch.minimum((centre - size / 2).clamp(min=0), full - size)
+
+
 def _cut(x: torch.Tensor, boxes: Sequence[Box]) -> torch.Tensor:
     pieces = [slice_[:, r0:r1, c0:c1] for slice_, ((r0, r1), (c0, c1)) in zip(x, boxes, strict=True)]
     return torch.stack(pieces)
@@ -318,7 +327,7 @@ def _paste(x: torch.Tensor, boxes: Sequence[Box], full: Size) -> torch.Tensor:
 
 
 class GuidedShuffleNet(ShuffleNetV2):
-    """Torchvision's ShuffleNetV2 0.5×, which in training may also say where there is foreground (``guidance``).
+    """Torchvision's ShuffleNetV2 0.5×, which may also say where there is foreground (``guidance``).
 
     Args:
         guided: whether it has the 1×1 convolutions for that, at an eighth, a sixteenth and a thirty-second of the view.
@@ -329,21 +338,61 @@ class GuidedShuffleNet(ShuffleNetV2):
         super().__init__([4, 8, 4], widths, num_classes=outputs)
         self.conv1[0] = nn.Conv2d(input_channels, self.conv1[0].out_channels, 3, 2, 1, bias=False)
         self.where = nn.ModuleList(nn.Conv2d(channels, 1, 1) for channels in (*widths[1:3], widths[-1]) if guided)
-        self.register_load_state_dict_pre_hook(self._add_missing_maps)
-
-    @staticmethod
-    def _add_missing_maps(network: GuidedShuffleNet, weights: dict, prefix: str, *_) -> None:
-        """Checkpoints from before there were maps, which only training needs, load all the same."""
-        for name, value in network.where.state_dict(prefix=f"{prefix}where.").items():
-            weights.setdefault(name, value)
+        for convolution in self.where:
+            convolution.own_initialize = _start_with_background
 
     def with_maps(self, view: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """``(B, C, H, W)`` → what :meth:`forward` returns, and logits ``(B, 1, H', W')`` of foreground in each cell."""
+        """``(B, C, H, W)`` → what :meth:`forward` returns, and logits ``(B, 1, H', W')`` of foreground in each cell,
+        the finest first; without guidance there are none."""
+        *finer, last = self._features(view)
+        return self.fc(last.mean((2, 3))), self._maps([*finer, last])
+
+    def _features(self, view: torch.Tensor) -> list[torch.Tensor]:
         eighth = self.stage2(self.maxpool(self.conv1(view)))
         sixteenth = self.stage3(eighth)
-        last = self.conv5(self.stage4(sixteenth))
-        maps = [where(x) for where, x in zip(self.where, (eighth, sixteenth, last), strict=False)]
-        return self.fc(last.mean((2, 3))), maps
+        return [eighth, sixteenth, self.conv5(self.stage4(sixteenth))]
+
+    def _maps(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [where(x) for where, x in zip(self.where, features, strict=False)]
+
+
+class PositionNetwork(GuidedShuffleNet):
+    """Where crops lie in a slice, ``(B, 2)``.
+
+    With guidance that is the middle of the foreground in the finest map, relative to the slice: features averaged over
+    the slice, from which the published network answers, say little of places. Each map is the sum of what its own
+    features say and of the coarser map. Without guidance it is the crop's corner, relative to the room that it has.
+    """
+
+    def __init__(self, input_channels: int, guided: bool):
+        super().__init__(input_channels, 2, guided)
+        if guided:
+            self.fc = nn.Identity()
+
+    def forward(self, view: torch.Tensor) -> torch.Tensor:
+        return self.with_maps(view)[0]
+
+    def with_maps(self, view: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        features = self._features(view)
+        maps = self._maps(features)
+        if not maps:
+            return torch.sigmoid(self.fc(features[-1].mean((2, 3)))), []
+        for finer in (1, 0):
+            size = maps[finer].shape[2:]
+            maps[finer] = maps[finer] + F.interpolate(maps[finer + 1], size=size, mode="bilinear")
+        foreground = torch.sigmoid(maps[0][:, 0])
+        middles = []
+        for axis in (1, 2):
+            along = foreground.sum(3 - axis)
+            cells = (torch.arange(along.shape[1], device=along.device) + 0.5) / along.shape[1]
+            middles.append((along * cells).sum(1) / along.sum(1).clamp(min=1e-6))
+        return torch.stack(middles, 1), maps
+
+
+def _start_with_background(convolution: nn.Conv2d) -> None:
+    """Foreground is rare; and by He's rule the highest of many cells would speak for it from the start."""
+    nn.init.normal_(convolution.weight, std=0.02)
+    nn.init.constant_(convolution.bias, -2.0)
 
 
 class BitSelector(nn.Module):
@@ -433,7 +482,7 @@ class MedDANetV2(nn.Module):
         space = self.options.policy_space
         guided = self.options.guidance > 0
         self.policy = GuidedShuffleNet(input_channels, len(space), guided) if len(space) > 1 else None
-        self.position = GuidedShuffleNet(input_channels, 2, guided) if self.options.crops else None
+        self.position = PositionNetwork(input_channels, guided) if self.options.crops else None
         self.crop_tail = _Tail(decoder) if self.options.crops else None
         self.n_encoder_stages, self.n_stages = len(encoder.stages), len(encoder.stages) + len(decoder.stages)
         self.selectors = nn.ModuleList()
@@ -673,8 +722,8 @@ class MedDANetV2(nn.Module):
         return self._precisely(self.policy, view)
 
     def place(self, view: torch.Tensor) -> torch.Tensor:
-        """Where crops lie, 0 to 1 of the room they have, per axis: ``(B, 2)``."""
-        return torch.sigmoid(self._precisely(self.position, view))
+        """Where crops lie, as :class:`PositionNetwork` says it: ``(B, 2)``."""
+        return self._precisely(self.position, view)
 
     @staticmethod
     def _precisely(network: Callable[[torch.Tensor], Any], view: torch.Tensor) -> Any:
@@ -684,11 +733,18 @@ class MedDANetV2(nn.Module):
 
     def _boxes(self, places: torch.Tensor, patch: Size, crops: Sequence[int]) -> list[Box]:
         boxes = []
-        for place, crop in zip(places.tolist(), crops, strict=True):
+        for place, crop in zip(places.split(1), crops, strict=True):
             size = crop_size(crop, patch, self.divisor)
-            corner = [round(p * (full - side)) for p, full, side in zip(place, patch, size, strict=True)]
+            (corner,) = self._corners(place, size, patch).round().int().tolist()
             boxes.append(tuple((start, start + side) for start, side in zip(corner, size, strict=True)))
         return boxes
+
+    def _corners(self, places: torch.Tensor, size: Size, patch: Size) -> torch.Tensor:
+        """First row and column of crops of ``size``, not rounded: ``(B, 2)``."""
+        full = torch.tensor(patch).to(places)
+        if self.options.guidance > 0:
+            return corner_around(places * full, size, patch)
+        return places * (full - torch.tensor(size).to(places))
 
     @torch.no_grad()
     def probe(self, x: torch.Tensor) -> tuple[list[Decision], list[Box | None]]:
@@ -763,11 +819,10 @@ class MedDANetV2(nn.Module):
                 choice = F.one_hot(scores.argmax(1), len(space)).to(scores.dtype)
         place = None
         if self.position is not None and centres is None:
-            logits, outputs["position_maps"] = self._precisely(self.position.with_maps, view)
-            place = torch.sigmoid(logits)
+            place, outputs["position_maps"] = self._precisely(self.position.with_maps, view)
         if not self.phase.segments:
-            corners = [place * self._room(crop_size(crop, patch, self.divisor), x) for crop in self.options.crops]
-            return outputs | {"corners": corners}
+            sizes = [crop_size(crop, patch, self.divisor) for crop in self.options.crops]
+            return outputs | {"corners": [self._corners(place, size, patch) for size in sizes]}
         policy_macs, position_macs = self.deciding_macs(patch)
         unit = sum(self.stage_macs(patch, patch))
         logits, costs, corners = [], [], []
@@ -783,12 +838,7 @@ class MedDANetV2(nn.Module):
                 logits.append(self._segment(x, at_width))
             else:
                 size = crop_size(option, patch, self.divisor)
-                room = self._room(size, x)
-                if place is not None:
-                    corner = place * room
-                else:
-                    half = torch.tensor(size).to(x) / 2
-                    corner = torch.minimum((centres - half).clamp(min=0), room)
+                corner = self._corners(place, size, patch) if centres is None else corner_around(centres, size, patch)
                 corners.append(corner)
                 deciding += position_macs
                 restore = partial(restore_at, full=patch)
@@ -810,11 +860,6 @@ class MedDANetV2(nn.Module):
                 restore = partial(restore_at, full=patch)
                 logits.append(self._segment(cut, _Mixture(self, len(x), quantised=True), restore, places))
         return logits
-
-    @staticmethod
-    def _room(size: Size, x: torch.Tensor) -> torch.Tensor:
-        """How far a crop's corner can move in ``x``, per axis: ``(2,)``."""
-        return torch.tensor([full - side for full, side in zip(x.shape[2:], size, strict=True)]).to(x)
 
     # --- costs ---
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, combinations, product
+from math import prod
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,7 +23,15 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_dyn.architectures.med_danet import PARTS, SCHEDULES, Decision, MedDANetV2, Phase, crop_size
+from nnunet_dyn.architectures.med_danet import (
+    PARTS,
+    SCHEDULES,
+    Decision,
+    MedDANetV2,
+    Phase,
+    corner_around,
+    crop_size,
+)
 from nnunet_dyn.decisions import CALIBRATED_STEP_SIZE
 from nnunet_dyn.planning import build_network, derived_architecture
 from nnunet_dyn.plans_templates import load_template
@@ -41,6 +50,9 @@ COSTS = ("skipped", "cropped", "whole", "gmacs", "bits")
 
 #: Of cells with foreground in the coarse maps, relative to those without.
 FOREGROUND_WEIGHT = 3.0
+
+#: What a crop must have to spare beside the foreground, of its side, for the policy to learn to take it.
+TO_SPARE = 1 / 8
 
 #: Which parameters get a gradient depends on the slices of each process; validation runs a different number of them.
 DISTRIBUTED = {"find_unused_parameters": True, "broadcast_buffers": False}
@@ -232,8 +244,8 @@ class MedDANetTrainer(CalibratedTrainer):
         network = self.module
         options, phase = network.options, network.phase
         total = self._segmentation_loss(outputs, target) if phase.segments else 0
-        if network.policy is not None and "policy" in phase.learns and "skip" in options.policy_space:
-            total = total + options.guidance * self.skip_loss(outputs["scores"], target)
+        if network.policy is not None and "policy" in phase.learns:
+            total = total + options.guidance * self.choice_loss(outputs["scores"], target)
         for part in ("policy", "position"):
             if part in phase.learns and outputs.get(f"{part}_maps"):
                 total = total + options.guidance * self.map_loss(outputs[f"{part}_maps"], target)
@@ -299,17 +311,28 @@ class MedDANetTrainer(CalibratedTrainer):
             total = total + (losses * known).sum() / known.sum().clamp(min=1)
         return total / len(maps)
 
-    def skip_loss(self, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of skipping the slices without foreground (Eq. 3) and no others.
+    def choice_loss(self, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of the cheapest choice that should lose nothing.
 
-        Slices that have no foreground but ignored voxels tell nothing.
+        That is to skip without foreground (Eq. 3), then the smallest crop that holds its bounding box with
+        :data:`TO_SPARE`, else the largest choice. Slices without foreground but with ignored voxels tell nothing.
         """
-        has_any = self.foreground(target).flatten(1).any(1)
+        network, patch = self.module, tuple(target.shape[2:])
+        space = network.options.policy_space
+        foreground = self.foreground(target)
+        has_any = foreground.flatten(1).any(1)
         known = has_any | ~self.ignored(target).flatten(1).any(1)
-        skip = self.module.options.policy_space.index("skip")
-        others = [index for index in range(scores.shape[1]) if index != skip]
-        two = torch.stack([scores[:, others].logsumexp(1), scores[:, skip]], 1)
-        losses = F.cross_entropy(two, (~has_any).long(), reduction="none")
+        first, behind = _extents(foreground)
+        sizes = {choice: crop_size(choice, patch, network.divisor) for choice in network.options.crops}
+        dearest_first = sorted(sizes, key=lambda crop: prod(sizes[crop]), reverse=True)
+        wanted = scores.new_full((len(scores),), space.index("whole" if "whole" in space else dearest_first[0])).long()
+        for crop in dearest_first:
+            size = torch.tensor(sizes[crop], device=target.device)
+            room = torch.where(size < torch.tensor(patch, device=target.device), size * (1 - TO_SPARE), size)
+            wanted[(behind - first <= room).all(1) | ~has_any] = space.index(crop)
+        if "skip" in space:
+            wanted[~has_any] = space.index("skip")
+        losses = F.cross_entropy(scores, wanted, reduction="none")
         return (losses * known).sum() / known.sum().clamp(min=1)
 
     def position_loss(self, corners: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
@@ -317,16 +340,10 @@ class MedDANetTrainer(CalibratedTrainer):
         patch, network = tuple(target.shape[2:]), self.module
         foreground = self.foreground(target)
         has_any = foreground.flatten(1).any(1)
-        middles = []
-        for axis in (1, 2):
-            present = foreground.any(3 - axis).float()
-            first, behind = present.argmax(1), patch[axis - 1] - present.flip(1).argmax(1)
-            middles.append((first + behind) / 2)
-        middle, extent = torch.stack(middles, 1), torch.tensor(patch, device=target.device)
+        middle, extent = sum(_extents(foreground)) / 2, torch.tensor(patch, device=target.device)
         total = 0
         for crop, corner in zip(network.options.crops, corners, strict=True):
-            size = torch.tensor(crop_size(crop, patch, network.divisor), device=target.device)
-            wanted = torch.minimum((middle - size / 2).clamp(min=0), extent - size)
+            wanted = corner_around(middle, crop_size(crop, patch, network.divisor), patch)
             distance = F.smooth_l1_loss(corner / extent, wanted / extent, reduction="none", beta=0.05).mean(1)
             total = total + (distance * has_any).sum() / has_any.sum().clamp(min=1)
         return total / len(corners)
@@ -453,6 +470,16 @@ class MedDANetTrainer(CalibratedTrainer):
         return [
             (skip, crop, tuple(slice(start, max(start, stop)) for start, stop in box)) for skip, crop, box in result
         ]
+
+
+def _extents(foreground: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(B, H, W)`` → first row and column with foreground, and those behind the last, ``(B, 2)`` each."""
+    first, behind = [], []
+    for axis in (1, 2):
+        present = foreground.any(3 - axis).float()
+        first.append(present.argmax(1))
+        behind.append(present.shape[1] - present.flip(1).argmax(1))
+    return torch.stack(first, 1), torch.stack(behind, 1)
 
 
 def _parts(components: np.ndarray, skips: np.ndarray, crops: np.ndarray) -> list[tuple[int, int, float, float]]:

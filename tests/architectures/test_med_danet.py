@@ -562,20 +562,35 @@ def test_the_cost_reaches_the_policy_and_the_selectors_only():
     assert reached == {"policy", "selectors"}
 
 
-def test_maps_are_beside_what_the_network_returns_and_checkpoints_without_them_load():
+def test_maps_are_beside_what_the_networks_return():
     network = build().eval()
     x = torch.randn(2, 2, *PATCH)
+    for part in (network.policy, network.position):
+        with torch.no_grad():
+            returned, maps = part.with_maps(x)
+            assert torch.equal(returned, part(x))
+        assert [tuple(logits.shape[1:]) for logits in maps] == [
+            (1, *(-(-side // s) for side in PATCH)) for s in (8, 16, 32)
+        ]
+    unguided = build(guidance=0).eval()
     with torch.no_grad():
-        scores, maps = network.policy.with_maps(x)
-        assert torch.equal(scores, network.policy(x))
-    assert [tuple(logits.shape[1:]) for logits in maps] == [
-        (1, *(-(-side // s) for side in PATCH)) for s in (8, 16, 32)
+        assert unguided.policy.with_maps(x)[1] == unguided.position.with_maps(x)[1] == []
+
+
+def test_crops_lie_around_the_middle_of_the_foreground_in_the_map():
+    """With a map of one voxel a cell, by hand: half of a cell is its middle, and no crop leaves the slice."""
+    network = build(policy_space=["skip", 16, 32, "whole"]).eval()
+    cells = torch.full((2, 1, *(side // 8 for side in PATCH)), -30.0)
+    cells[0, 0, 1, 2] = cells[0, 0, 2, 2] = 30  # rows 8 to 24, columns 16 to 24
+    cells[1, 0, 0, -1] = 30
+    network.position._maps = lambda features: [cells.clone(), *(torch.zeros(2, 1, n, n) for n in (2, 1))]
+    with torch.no_grad():
+        places = network.place(torch.randn(2, 2, *PATCH))
+    assert torch.allclose(places[0] * torch.tensor(PATCH), torch.tensor([16.0, 20.0]))
+    assert network._boxes(places, PATCH, [16, 32]) == [
+        ((8, 24), (12, 28)),
+        ((0, 32), (PATCH[1] - 32, PATCH[1])),
     ]
-    older = {key: value for key, value in network.state_dict().items() if ".where." not in key}
-    again = build(seed=1).eval()
-    again.load_state_dict(older)
-    with torch.no_grad():
-        assert torch.equal(again.policy(x), scores)
 
 
 def test_gradients_reach_the_position_network_through_the_crop_and_its_restoration():
