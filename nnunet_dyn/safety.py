@@ -358,7 +358,7 @@ class BoxEvidence:
         )
 
     def calibrate(
-        self, labels: Collection[str], min_coverage: float = 0.995, min_component: int = 10
+        self, labels: Collection[str], min_coverage: float = 0.995, min_component: int = 10, enough: int = 0
     ) -> BoxCalibration:
         """Of each class the threshold and the smallest margin whose boxes are safe; of all, those of the fewest voxels.
 
@@ -372,6 +372,7 @@ class BoxEvidence:
             labels: every class that is to be found.
             min_coverage: share of the voxels of every class that must be inside a box.
             min_component: components of this many voxels or more must not be outside whole.
+            enough: with fewer cases, each class takes the next lower score and a voxel more than these cases ask for.
 
         Raises:
             ValueError: ``min_coverage`` is no share, or there are no cases.
@@ -408,7 +409,10 @@ class BoxEvidence:
                 judged = left_out(of_parts) if parts else of_all
                 order = (*badness(of_all), *badness(judged), self._voxels(found), -threshold)
                 candidates.append((order, found, of_parts))
-            return min(candidates, key=lambda candidate: candidate[0])[1:]
+            _, found, of_parts = min(candidates, key=lambda candidate: candidate[0])
+            if len(self._cases) < enough and label not in self._unseen(labels):
+                found, *of_parts = map(self._with_slack, (found, *of_parts))
+            return found, of_parts
 
         settings, of_parts = {}, [{} for _ in parts]
         for label in labels:
@@ -451,6 +455,16 @@ class BoxEvidence:
         for axis in range(axes):
             margin = smallest([(*margin[:axis], less, *margin[axis + 1 :]) for less in range(least, margin[axis] + 1)])
         return margin
+
+    def _with_slack(self, settings: _Settings) -> _Settings:
+        """With the next lower score and a voxel more on every side."""
+
+        def lower(score: float) -> float:
+            return max((other for other in self._cases[0].boxes if other < score), default=score)
+
+        return {
+            label: (lower(score), tuple(side + 1 for side in margin)) for label, (score, margin) in settings.items()
+        }
 
     def measure(
         self,

@@ -242,6 +242,16 @@ class TestBoxes:
         assert "the segmentor will miss targets" in str(found)
         assert json.loads(json.dumps(found.to_json()))["left_out"] == {"1": pytest.approx(0.7)}
 
+    def test_few_cases_leave_slack(self):
+        """One case gets the next lower score and a voxel more, a class that no case has nothing beyond its own."""
+        box = ((5, 10), (6, 10), (8, 9))
+        made = self.evidence({0.5: [box], 0.3: [box], 0.1: {"1": [box], "3": [box]}})
+        assert made.calibrate(["1"], enough=1).margin == {"1": (0, 1, 3)}
+        found = made.calibrate(["1", "3"], enough=2)
+        assert found.margin == {"1": (1, 2, 4), "3": (2, 2, 2)} and found.score_threshold == {"1": 0.3, "3": 0.1}
+        lowest = self.evidence({0.5: [box]}).calibrate(["1"], enough=2)
+        assert lowest.score_threshold == {"1": 0.5} and lowest.ratio == pytest.approx(7 * 8 * 9 / 125)
+
     def test_a_component_lost_in_a_case_left_out_is_not_safe(self):
         """Of 99.8 % of the voxels a whole target is missing, which a margin set on its own case holds."""
         large, small = np.s_[0:20, 0:20, 0:12], np.s_[0:10, 5:6, 14:15]

@@ -164,6 +164,7 @@ class ROICascadeTrainer(CalibratedTrainer):
     Attributes:
         min_coverage: share of the voxels of every class that the detector's boxes must hold.
         min_component: components of this many voxels or more must not be outside them whole.
+        enough_cases: calibration on fewer leaves some slack for others.
         fine_tuning: share of the epochs in which the segmentor sees the detector's boxes.
         detector_rotation: the largest angle by which augmentation turns a volume for the detector, half of nnU-Net's:
             one that fills its patch is turned out of it.
@@ -172,6 +173,7 @@ class ROICascadeTrainer(CalibratedTrainer):
 
     min_coverage: ClassVar[float] = 0.995
     min_component: ClassVar[int] = 10
+    enough_cases: ClassVar[int] = 20
     fine_tuning: ClassVar[float] = 0.2
     detector_rotation: ClassVar[float] = pi / 12
     detector_lr: ClassVar[float] = 2e-3
@@ -317,7 +319,8 @@ class ROICascadeTrainer(CalibratedTrainer):
         for key in keys:
             self.on_first(partial(self._observe, evidence, key, fine))
         names = [str(entry) for entry in self._classes]
-        found = self.on_first(partial(evidence.calibrate, names, self.min_coverage, self.min_component))
+        asked = (self.min_coverage, self.min_component, self.enough_cases)
+        found = self.on_first(partial(evidence.calibrate, names, *asked))
         for channel, name in zip(self.module.classes, names, strict=True):
             self._set_boxes(found.score_threshold[name], found.margin[name], channel)
         return found
