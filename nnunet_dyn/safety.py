@@ -372,7 +372,8 @@ class BoxEvidence:
             labels: every class that is to be found.
             min_coverage: share of the voxels of every class that must be inside a box.
             min_component: components of this many voxels or more must not be outside whole.
-            enough: with fewer cases, each class takes the next lower score and a voxel more than these cases ask for.
+            enough: with fewer cases, each class takes the next lower score, if there is one, and a voxel more on every
+                side than these cases ask for.
 
         Raises:
             ValueError: ``min_coverage`` is no share, or there are no cases.
@@ -405,14 +406,13 @@ class BoxEvidence:
                     {label: (threshold, self._margin(label, threshold, least, cases, badness))}
                     for cases in (self._cases, *([case for case in self._cases if case not in part] for part in parts))
                 )
+                if len(self._cases) < enough and label not in self._unseen(labels):
+                    found, *of_parts = map(self._with_slack, (found, *of_parts))
                 of_all = self._held(found)
                 judged = left_out(of_parts) if parts else of_all
                 order = (*badness(of_all), *badness(judged), self._voxels(found), -threshold)
                 candidates.append((order, found, of_parts))
-            _, found, of_parts = min(candidates, key=lambda candidate: candidate[0])
-            if len(self._cases) < enough and label not in self._unseen(labels):
-                found, *of_parts = map(self._with_slack, (found, *of_parts))
-            return found, of_parts
+            return min(candidates, key=lambda candidate: candidate[0])[1:]
 
         settings, of_parts = {}, [{} for _ in parts]
         for label in labels:

@@ -31,7 +31,7 @@ def train(rank: int, folder: str, name: str) -> None:
 
 
 def train_med_danet(rank: int, folder: str) -> None:
-    """Two steps of each phase, wrapped anew for each as the trainer does."""
+    """Two steps of each phase, and of one without segmenting, wrapped anew for each as the trainer does."""
     from nnunet_dyn.architectures.med_danet import SCHEDULES, MedDANetV2, ModifiedUNet
     from nnunet_dyn.trainers.med_danet import DISTRIBUTED
 
@@ -41,7 +41,7 @@ def train_med_danet(rank: int, folder: str) -> None:
     options = {"policy_space": ["skip", 16, "whole"]}
     network = MedDANetV2(1, 2, ModifiedUNet, options, strides=[[1, 1], [2, 2]], base_features=4, blocks=(1, 1))
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
-    for phase in SCHEDULES["paper"]:
+    for phase in (*SCHEDULES["paper"], SCHEDULES["guided"][0]):
         network.train().enter(phase)
         wrapped = DistributedDataParallel(network, **DISTRIBUTED)
         for step in range(2):
@@ -49,6 +49,11 @@ def train_med_danet(rank: int, folder: str) -> None:
             optimizer.zero_grad()
             centres = torch.full((2, 2), 12.0) if phase.random_centres else None
             outputs = wrapped(torch.randn(2, 1, 32, 32), centres)
+            if not phase.segments:
+                guided = [outputs["scores"], *outputs["policy_maps"], *outputs["corners"], *outputs["position_maps"]]
+                sum(output.square().mean() for output in guided).backward()
+                optimizer.step()
+                continue
             # What was not chosen does not count, so that the processes take different ways.
             weights = outputs["choice"].unbind(1)
             chosen = zip(outputs["logits"], weights, strict=True)

@@ -36,6 +36,10 @@ SKIP_LOGIT = 8.0
 #: Both sides of a slice are at least this long where the policy and the position network see it: four of their five
 #: halvings leave batch normalisation more than one value even for a batch of one.
 _SMALLEST_VIEW = 64
+#: What five halvings divide.
+_VIEW_STEP = 32
+#: Which way of deciding weights are trained for; to be raised where scores or places change their meaning.
+_DECIDING = 2
 #: How near to a threshold a decision deserves a look, in logits.
 _REVIEW = 0.5
 
@@ -112,11 +116,12 @@ class MedDANetOptions:
         quantise: the stages that have a selector, ``"all"`` or, as behind the paper's Table 3, ``"encoder"``.
         cost_weight: λ' of the cost, which is 1 for the whole slice in full precision, per summed class Dice. The
             paper's λ = 0.06 weighs 17 GFLOPs, so that 1.0 is its counterpart (Table 3b: 0.7 to 1.7).
-        guidance: weight of terms that the paper does not have: the cross-entropy of skipping just the slices without
-            foreground, which is the predecessor's rule (Eq. 3), the distance between a crop and the nearest one centred
-            on the foreground, and for both networks the cross-entropy of coarse maps of the foreground. With 0 policies
-            tend to skip everything, since that is better than an untrained segmentation, and gradients through sampling
-            see no further than a voxel. One label a slice teaches little; the maps have hundreds.
+        guidance: weight of terms that the paper does not have: the cross-entropy of the cheapest choice that should
+            lose nothing, which is to skip the slices without foreground as the predecessor did (Eq. 3) and to crop
+            where a crop holds it, the distance between a crop and the nearest one centred on the foreground, and for
+            both networks the cross-entropy of coarse maps of the foreground. With 0 policies tend to skip everything,
+            since that is better than an untrained segmentation, and gradients through sampling see no further than a
+            voxel. One label a slice teaches little; the maps have hundreds.
         view_stride: by how much slices are averaged for the policy and the position network.
         schedule: the training phases, a key of :data:`SCHEDULES`.
 
@@ -305,10 +310,13 @@ def restore_at(x: torch.Tensor, corner: torch.Tensor, full: Size) -> torch.Tenso
 def corner_around(centre: torch.Tensor, size: Sequence[int], full: Sequence[int]) -> torch.Tensor:
     """First row and column, not rounded, of crops of ``size`` in slices of ``full`` voxels.
 
-    ``centre: (B, 2)``, in voxels, is in their middle, or as near to it as they can be.
+    ``centre: (B, 2)``, in voxels, is in their middle, or as near to it as they can be. The gradient passes straight
+    through to a centre beyond that, or it would never come back.
     """
     size, full = (torch.tensor([*sides]).to(centre) for sides in (size, full))
-    return torch.minimum((centre - size / 2).clamp(min=0), full - size)
+    corner = centre - size / 2
+    inside = torch.minimum(corner.clamp(min=0), full - size)
+    return inside.detach() + (corner - corner.detach())
 
 
 def _cut(x: torch.Tensor, boxes: Sequence[Box]) -> torch.Tensor:
@@ -383,9 +391,9 @@ class PositionNetwork(GuidedShuffleNet):
         foreground = torch.sigmoid(maps[0][:, 0])
         middles = []
         for axis in (1, 2):
-            along = foreground.sum(3 - axis)
+            along = foreground.sum(3 - axis) + 1e-6  # of nothing the middle is that of the slice
             cells = (torch.arange(along.shape[1], device=along.device) + 0.5) / along.shape[1]
-            middles.append((along * cells).sum(1) / along.sum(1).clamp(min=1e-6))
+            middles.append((along * cells).sum(1) / along.sum(1))
         return torch.stack(middles, 1), maps
 
 
@@ -498,11 +506,23 @@ class MedDANetV2(nn.Module):
         self.register_buffer("skip_threshold", torch.tensor(NEVER))
         self.register_buffer("crop_threshold", torch.tensor(NEVER))
         self.register_buffer("is_quantised", torch.tensor(False))
+        self.register_buffer("deciding", torch.tensor(_DECIDING))
+        self.register_load_state_dict_pre_hook(self._check_deciding)
         self.phase: Phase | None = None
         self.decisions: list[Decision] | None = None
         self._counts: dict[Size, dict[str, int]] = {}
 
     # --- configuration ---
+
+    @staticmethod
+    def _check_deciding(network: MedDANetV2, weights: dict, prefix: str, *_) -> None:
+        """Thresholds mean nothing to a policy that sees or says something else than they were set for."""
+        is_older = f"{prefix}skip_threshold" in weights and f"{prefix}deciding" not in weights
+        if is_older or weights.get(f"{prefix}deciding", _DECIDING) != _DECIDING:
+            raise ValueError(
+                "Got weights of Med-DANet V2 from another version of nnunet_dyn, which decided in another way; "
+                "expected those of this one. Train again, or predict with the version that they are from."
+            )
 
     def set_regions(self, regions: bool) -> None:
         """Say whether the classes are regions, none of which is the background."""
@@ -624,8 +644,12 @@ class MedDANetV2(nn.Module):
         return logits
 
     def _view(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` as the policy and the position network see it, in single precision."""
-        size = [max(_SMALLEST_VIEW, -(-side // self.options.view_stride)) for side in x.shape[2:]]
+        """``x`` as the policy and the position network see it, in single precision.
+
+        Its sides are multiples of theirs, so that the cells of their maps fill the slice.
+        """
+        cells = [-(-side // (self.options.view_stride * _VIEW_STEP)) for side in x.shape[2:]]
+        size = [max(_SMALLEST_VIEW, count * _VIEW_STEP) for count in cells]
         return F.adaptive_avg_pool2d(x.float(), size)
 
     def segment_whole(self, x: torch.Tensor) -> torch.Tensor:
@@ -733,7 +757,7 @@ class MedDANetV2(nn.Module):
 
     def _boxes(self, places: torch.Tensor, patch: Size, crops: Sequence[int]) -> list[Box]:
         boxes = []
-        for place, crop in zip(places.split(1), crops, strict=True):
+        for place, crop in zip(places.cpu().split(1), crops, strict=True):
             size = crop_size(crop, patch, self.divisor)
             (corner,) = self._corners(place, size, patch).round().int().tolist()
             boxes.append(tuple((start, start + side) for start, side in zip(corner, size, strict=True)))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, combinations, product
-from math import prod
 from pathlib import Path
 from typing import ClassVar
 
@@ -51,7 +50,7 @@ COSTS = ("skipped", "cropped", "whole", "gmacs", "bits")
 #: Of cells with foreground in the coarse maps, relative to those without.
 FOREGROUND_WEIGHT = 3.0
 
-#: What a crop must have to spare beside the foreground, of its side, for the policy to learn to take it.
+#: What a crop must have to spare beside the foreground, of its side, to be taken before it is known where it lies.
 TO_SPARE = 1 / 8
 
 #: Which parameters get a gradient depends on the slices of each process; validation runs a different number of them.
@@ -245,7 +244,8 @@ class MedDANetTrainer(CalibratedTrainer):
         options, phase = network.options, network.phase
         total = self._segmentation_loss(outputs, target) if phase.segments else 0
         if network.policy is not None and "policy" in phase.learns:
-            total = total + options.guidance * self.choice_loss(outputs["scores"], target)
+            corners = [] if phase.random_centres else outputs["corners"]
+            total = total + options.guidance * self.choice_loss(outputs["scores"], corners, target)
         for part in ("policy", "position"):
             if part in phase.learns and outputs.get(f"{part}_maps"):
                 total = total + options.guidance * self.map_loss(outputs[f"{part}_maps"], target)
@@ -311,27 +311,39 @@ class MedDANetTrainer(CalibratedTrainer):
             total = total + (losses * known).sum() / known.sum().clamp(min=1)
         return total / len(maps)
 
-    def choice_loss(self, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def choice_loss(self, scores: torch.Tensor, corners: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of the cheapest choice that should lose nothing.
 
-        That is to skip without foreground (Eq. 3), then the smallest crop that holds its bounding box with
-        :data:`TO_SPARE`, else the largest choice. Slices without foreground but with ignored voxels tell nothing.
+        That is to skip without foreground (Eq. 3), then the smallest crop that holds all of it where it lies, else the
+        largest choice. A voxel that is ignored may be foreground too, and slices that have ignored voxels but no
+        foreground tell nothing.
+
+        Args:
+            corners: of each crop size, ``(B, 2)``; none where crops lie at random: then one should hold what is smaller
+                by :data:`TO_SPARE`.
         """
         network, patch = self.module, tuple(target.shape[2:])
-        space = network.options.policy_space
-        foreground = self.foreground(target)
+        space, crops = network.options.policy_space, network.options.crops
+        foreground, ignored = self.foreground(target), self.ignored(target)
         has_any = foreground.flatten(1).any(1)
-        known = has_any | ~self.ignored(target).flatten(1).any(1)
-        first, behind = _extents(foreground)
-        sizes = {choice: crop_size(choice, patch, network.divisor) for choice in network.options.crops}
-        dearest_first = sorted(sizes, key=lambda crop: prod(sizes[crop]), reverse=True)
-        wanted = scores.new_full((len(scores),), space.index("whole" if "whole" in space else dearest_first[0])).long()
+        first, behind = _extents(foreground | ignored)
+        sizes = {crop: torch.tensor(crop_size(crop, patch, network.divisor), device=target.device) for crop in crops}
+        where = dict(zip(crops, corners, strict=True)) if corners else {}
+        dearest_first = sorted(crops, key=lambda crop: sizes[crop].prod().item(), reverse=True)
+        wanted = torch.full_like(
+            has_any, space.index("whole" if "whole" in space else dearest_first[0]), dtype=torch.long
+        )
         for crop in dearest_first:
-            size = torch.tensor(sizes[crop], device=target.device)
-            room = torch.where(size < torch.tensor(patch, device=target.device), size * (1 - TO_SPARE), size)
-            wanted[(behind - first <= room).all(1) | ~has_any] = space.index(crop)
+            if crop in where:
+                corner = where[crop].detach().round()
+                holds = (first >= corner) & (behind <= corner + sizes[crop])
+            else:
+                full = torch.tensor(patch, device=target.device)
+                holds = behind - first <= torch.where(sizes[crop] < full, sizes[crop] * (1 - TO_SPARE), full)
+            wanted[holds.all(1) | ~has_any] = space.index(crop)
         if "skip" in space:
             wanted[~has_any] = space.index("skip")
+        known = has_any | ~ignored.flatten(1).any(1)
         losses = F.cross_entropy(scores, wanted, reduction="none")
         return (losses * known).sum() / known.sum().clamp(min=1)
 

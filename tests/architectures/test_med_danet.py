@@ -23,6 +23,7 @@ from nnunet_dyn.architectures.med_danet import (
     ModifiedUNet,
     Phase,
     TransBTS2D,
+    corner_around,
     crop_at,
     crop_size,
     image_gradient,
@@ -593,12 +594,48 @@ def test_crops_lie_around_the_middle_of_the_foreground_in_the_map():
     ]
 
 
-def test_gradients_reach_the_position_network_through_the_crop_and_its_restoration():
-    network = build(guidance=0).train()
+@pytest.mark.parametrize("guidance", [0, 1])
+def test_gradients_reach_the_position_network_through_the_crop_and_its_restoration(guidance):
+    network = build(guidance=guidance).train()
     network.enter(replace(EVERYTHING, learns=frozenset({"position"})))
     network(torch.randn(4, 2, *PATCH))["logits"][1].square().mean().backward()
     assert all(p.grad is not None for p in network.position.parameters())
-    assert network.position.fc.weight.grad.abs().sum() > 0
+    last = network.position.where[0] if guidance else network.position.fc
+    assert last.weight.grad.abs().sum() > 0
+
+
+def test_a_middle_beyond_what_a_crop_reaches_still_gets_a_gradient():
+    centre = torch.tensor([[2.0, 20.0], [60.0, 40.0]], requires_grad=True)
+    corner = corner_around(centre, (32, 32), (64, 48))
+    assert corner.tolist() == [[0, 4], [32, 16]]
+    corner.sum().backward()
+    assert centre.grad.tolist() == [[1, 1], [1, 1]]
+
+
+def test_cells_of_the_maps_fill_a_slice_of_any_size():
+    """A bright spot is found where it is, also in its mirror image: sides are no multiples of 32."""
+    network = build().eval()
+    x = torch.zeros(2, 2, 112, 72)
+    x[0, :, 8:16, 60:68] = 1
+    x[1] = x[0].flip(1, 2)
+    assert network._view(x).shape[2:] == (128, 96)
+    network.position._maps = lambda features: [
+        100 * (torch.nn.functional.adaptive_avg_pool2d(network._view(x)[:, :1], (16, 12)) - 0.3),
+        *(torch.zeros(2, 1, *size) for size in ((8, 6), (4, 3))),
+    ]
+    with torch.no_grad():
+        places = network.place(network._view(x)) * torch.tensor([112, 72])
+    assert torch.allclose(places[0], torch.tensor([12.0, 64.0]), atol=2)
+    assert torch.allclose(places.sum(0), torch.tensor([112.0, 72.0]), atol=1e-3)
+
+
+def test_weights_that_decide_in_another_way_do_not_load():
+    network = build()
+    older = {key: value for key, value in network.state_dict().items() if key != "deciding"}
+    with pytest.raises(ValueError, match="from another version of nnunet_dyn, which decided in another way"):
+        build().load_state_dict(older)
+    with pytest.raises(ValueError, match="Train again"):
+        build().load_state_dict(network.state_dict() | {"deciding": torch.tensor(1)})
 
 
 # --- bad input --------------------------------------------------------------------------------------------------

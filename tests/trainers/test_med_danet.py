@@ -310,18 +310,42 @@ def test_random_centres_and_the_distance_to_a_centred_crop(prepared):
 
 
 def test_guidance_of_the_policy_by_hand(prepared):
-    """Skip without foreground, crop (16 of 32) where its bounding box is 14 at most, else the whole slice."""
+    """Skip without foreground, crop (16 of 32) where the crop holds all of it, else the whole slice."""
     scores = torch.log(torch.tensor([[0.5, 0.2, 0.3], [0.2, 0.5, 0.3], [0.1, 0.3, 0.6], [0.9, 0.04, 0.06]]))
     target = torch.zeros(4, 1, 32, 32)
     target[1, 0, 4:18, 5] = target[1, 0, 5, 5:19] = 1
     target[2, 0, 4, 5:20] = 1
     trainer = start(prepared())
-    expected = -np.log([0.5, 0.5, 0.6, 0.9]).mean()
-    assert trainer.choice_loss(scores, target).item() == pytest.approx(expected, abs=1e-5)
-    target[3, 0, 0, 0] = 2  # of a slice whose voxels are ignored nobody knows
+
+    def loss(*corners):
+        return trainer.choice_loss(scores, [torch.tensor(corners)] if corners else [], target).item()
+
+    # Where crops lie is not known: 14 voxels at most.
+    assert loss() == pytest.approx(-np.log([0.5, 0.5, 0.6, 0.9]).mean(), abs=1e-5)
+    known = loss([0.0, 0], [2.4, 4.0], [3.0, 4.6], [0, 0])
+    assert known == pytest.approx(-np.log([0.5, 0.5, 0.3, 0.9]).mean(), abs=1e-5)
+    cut = loss([0.0, 0], [4.6, 4.0], [3.0, 4.0], [0, 0])
+    assert cut == pytest.approx(-np.log([0.5, 0.3, 0.3, 0.9]).mean(), abs=1e-5)
     trainer = prepared(kind="ignore")
     trainer.initialize()
-    assert trainer.choice_loss(scores, target).item() == pytest.approx(-np.log([0.5, 0.5, 0.6]).mean(), abs=1e-5)
+    target[3, 0, 0, 0] = 2  # of a slice whose voxels are ignored nobody knows
+    assert loss() == pytest.approx(-np.log([0.5, 0.5, 0.6]).mean(), abs=1e-5)
+    target[1, 0, 30, 30] = 2  # which may be foreground, too
+    assert loss() == pytest.approx(-np.log([0.5, 0.3, 0.6]).mean(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("space", "wanted"),
+    [(["skip", 16, 24, "whole"], [0, 1, 2, 3]), ([24, 16], [1, 1, 0, 0]), ([16, "whole"], [0, 0, 1, 1])],
+)
+def test_guidance_of_the_policy_takes_the_smallest_crop(prepared, space, wanted):
+    """Slices without foreground, with 10, 20 and 30 voxels of it, whatever there is to choose from."""
+    trainer = start(prepared(policy_space=space))
+    target = torch.zeros(4, 1, 32, 32)
+    for index in (1, 2, 3):
+        target[index, 0, 1, 1 : 1 + 10 * index] = 1
+    sure = 50 * torch.nn.functional.one_hot(torch.tensor(wanted), len(space)).float()
+    assert trainer.choice_loss(sure, [], target) < 1e-5
 
 
 def test_guidance_of_the_maps_by_hand(prepared):
@@ -387,10 +411,10 @@ class Oracle(nn.Module):
 
 
 class Middle(nn.Module):
-    """In the position network's place: every crop in the middle."""
+    """In the position network's place: every crop in the middle of the slice."""
 
     def forward(self, x):
-        return x.new_zeros(len(x), 2)
+        return x.new_full((len(x), 2), 0.5)
 
 
 def test_calibration_finds_what_can_be_left_out(prepared):
@@ -405,6 +429,25 @@ def test_calibration_finds_what_can_be_left_out(prepared):
     assert found.crop_threshold == pytest.approx(1 / (1 + np.exp(-1.1)), abs=1e-4)  # mirrored, crops cut the organ
     assert found.cropped == 0
     assert network.skip_threshold.item() == pytest.approx(found.skip_threshold)
+
+
+class Around(nn.Module):
+    """In the position network's place: every crop around the bright voxels."""
+
+    def forward(self, x):
+        is_bright = (x[:, :1] > 0.6).flatten(2).float() + 1e-6
+        sides = (torch.arange(side, device=x.device) + 0.5 for side in x.shape[2:])
+        rows, columns = torch.meshgrid(*sides, indexing="ij")
+        at = torch.stack([rows / x.shape[2], columns / x.shape[3]]).flatten(1)
+        return (is_bright * at).sum(2) / is_bright.sum(2)
+
+
+def test_calibration_allows_crops_that_hold_everything(prepared):
+    trainer = start(prepared(fill=None, policy_space=["skip", 24, "whole"]))
+    trainer.inference_allowed_mirroring_axes = (0, 1)
+    trainer.network.policy, trainer.network.position = Oracle(), Around()
+    found = trainer.calibrate()
+    assert found.cropped > 0 and found.lost_components == 0 and min(found.coverage.values()) >= 0.995
 
 
 def test_calibration_does_not_trust_a_policy_that_errs(prepared):

@@ -157,6 +157,9 @@ class TestDetector:
             return [{1: [sure], 2: [one for one in [unsure] if one.score >= network.score_threshold[2]]}]
 
         monkeypatch.setattr(LowResDetector, "read", read)
+        slack = trainer.calibrate()  # for one case
+        assert slack.margin == {"1": (1, 1, 1), "2": (1, 2, 1)} and slack.score_threshold == {"1": 0.3, "2": 0.05}
+        monkeypatch.setattr(trainer, "enough_cases", 1)
         passes = []
         trainer.module.stages[0].register_forward_hook(lambda module, args, output: passes.append(len(output)))
         found = trainer.calibrate()
