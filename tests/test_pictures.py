@@ -23,7 +23,8 @@ def of_slices(decisions, shape=SHAPE, columns=(0,), width=40) -> CaseDecisions:
         (slice(None), z, slice(0, shape[1]), slice(left, left + width)) for z in range(shape[0]) for left in columns
     ]
     tiles = [TileDecision.make(at, (0, 0, 0), shape, one, 1.0) for at, one in zip(slicers, decisions, strict=True)]
-    return CaseDecisions((tuple(tiles),), shape, shape, tuple((0, size) for size in shape), (0, 1, 2), 1, 1.0)
+    window = (len(tiles), len(tiles) * shape[1] * width)
+    return CaseDecisions((tuple(tiles),), shape, shape, tuple((0, size) for size in shape), (0, 1, 2), 1, 1.0, window)
 
 
 @pytest.fixture
