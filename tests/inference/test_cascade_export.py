@@ -88,18 +88,21 @@ def sizes(monkeypatch):
 
 @pytest.mark.parametrize("network", list(NETWORKS))
 def test_the_exported_cascade_is_that_of_torch(segmentors, exported, sizes, network):
-    """On a case of two targets, with all decisions."""
+    """On a case of two targets, with all decisions; and on boxes that need other models, one of a size of its own."""
     original = Predictor.from_folder(segmentors[network][0], (0,), device="cpu", threads=1)
     predictor = Predictor.from_folder(exported[network], threads=1)
     assert predictor.engine.name == predictor.first_stage.engine.name == original_engine(network)
     array = bright_cubes(FAR, ((3, 9), (5, 13), (7, 20)), seed=9)
-    expected, got = (each.predict(array, (1, 1, 1)) for each in (original, predictor))
-    assert (expected.segmentation == got.segmentation).mean() >= 0.9999 and len(np.unique(got.segmentation)) > 2
-    mine, theirs = (each.decisions for each in (got, expected))
-    assert [tile.boxes for tile in mine.tiles] == [tile.boxes for tile in theirs.tiles]
-    assert [tile.decision.to_json() for tile in mine.tiles] == [tile.decision.to_json() for tile in theirs.tiles]
-    assert {tile.decision.action for tile in mine.tiles} == {"crop"} and mine.totals() == theirs.totals()
-    assert mine.first_stage.totals() == theirs.first_stage.totals()
+    boxes = np.zeros(array.shape[1:], np.uint8)
+    boxes[2:6, 3:8, 4:9], boxes[10:20, 15:25, 30:40] = 1, 2
+    for given in (None, boxes):
+        expected, got = (each.predict(array, (1, 1, 1), previous_stage=given) for each in (original, predictor))
+        assert (expected.segmentation == got.segmentation).mean() >= 0.9999 and len(np.unique(got.segmentation)) > 2
+        mine, theirs = (each.decisions for each in (got, expected))
+        assert [tile.boxes for tile in mine.tiles] == [tile.boxes for tile in theirs.tiles]
+        assert [tile.decision.to_json() for tile in mine.tiles] == [tile.decision.to_json() for tile in theirs.tiles]
+        assert {tile.decision.action for tile in mine.tiles} == {"crop"} and mine.totals() == theirs.totals()
+        assert given is not None or mine.first_stage.totals() == theirs.first_stage.totals()
     if network == "stages":
         assert len({stages for tile in mine.tiles for stages in tile.decision.stages}) == 2
         own = {tuple(size) for size in json.loads((exported[network] / "fold_0.json").read_text())["sizes"]}
