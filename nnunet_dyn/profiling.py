@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from io import StringIO
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -268,13 +269,13 @@ def profile_images(
         image, properties = predictor.read(files)
         data, _ = predictor.preprocess([image], properties)
         window += predictor.window(tuple(data.shape[1:]))[0]
-        tiles = list(predictor.tiles(data))
-        timed = {round(at * max(0, len(tiles) - 1) / max(1, rounds - 1)) for at in range(rounds)}
+        last = max(0, sum(1 for _ in predictor.tiles(data)) - 1)
+        timed = {round(at * last / max(1, rounds - 1)) for at in range(rounds)}
         if rounds and number == 1:
             timed_pass(static, noise, device)
-            if tiles:
-                timed_pass(follow, tiles[0][None].to(device), device)
-        for index, tile in enumerate(tiles or [None]):
+            for tile in islice(predictor.tiles(data), 1):
+                timed_pass(follow, tile[None].to(device), device)
+        for index, tile in zip_longest(range(last + 1), predictor.tiles(data)):
             if index in timed:
                 stock_seconds.append(timed_pass(static, noise, device)[0])
             if tile is None:  # nothing is predicted of this image

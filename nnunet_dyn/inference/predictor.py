@@ -48,7 +48,7 @@ from nnunet_dyn.inference.model_folder import (
     load_model,
     same_or_all,
 )
-from nnunet_dyn.inference.regions import Crop, RegionLogits, RegionTile, crops_of, region_tiles, seen_in
+from nnunet_dyn.inference.regions import Crop, RegionLogits, RegionTile, crops_of_tiles, region_tiles, seen_in
 from nnunet_dyn.pictures import plot_decisions
 
 STAGES = ("read", "preprocess", "network", "export")
@@ -109,11 +109,12 @@ class Predictor(nnUNetPredictor):
     Its sliding window adds up the same logits in the same order and half precision as nnU-Net's, so that the
     segmentation is the same; what nnU-Net offers beside ``predict`` and ``predict_files`` works as always. A network
     that decides what it computes is asked once a tile, not once a mirrored copy, so that its segmentations may differ.
+    One that segments regions (:class:`nnunet_dyn.decisions.GatedNetwork`) has its tiles on them.
 
     Attributes:
         engine: runs the network.
-        decided: by ``predict_logits_from_preprocessed_data``, of each fold the tiles of the sliding window in order;
-            empty where the network does not decide.
+        decided: by ``predict_logits_from_preprocessed_data``, of each fold the tiles in order; empty where the network
+            does not decide.
         folder, folds: what ``from_folder`` has loaded.
         first_stage: of a cascade, what segments each case first where no segmentation of that stage is given.
     """
@@ -427,7 +428,7 @@ class Predictor(nnUNetPredictor):
         """
         network, copies, tiles = self._gated, self._mirrored_axes(), self._region_tiles(data)
         self._decided = [(tile.slicer, tile.decision, len(copies) * tile.decision.cost) for tile in tiles]
-        crops = crops_of(network, tiles)
+        crops = crops_of_tiles(network, tiles)
         total = RegionLogits(crops, network.background_logits, tuple(data.shape[1:]), self._gaussian(data.device))
         alike: dict[tuple[int, ...], list[Crop]] = {}
         for crop in crops:

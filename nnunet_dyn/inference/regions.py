@@ -129,7 +129,7 @@ def seen_in(tile: RegionTile, network: GatedNetwork, data: torch.Tensor) -> torc
     return seen
 
 
-def crops_of(network: GatedNetwork, tiles: Sequence[RegionTile]) -> list[Crop]:
+def crops_of_tiles(network: GatedNetwork, tiles: Sequence[RegionTile]) -> list[Crop]:
     """Of each tile in turn."""
     return [
         Crop(*(shifted(either, [start for start, _ in tile.box]) for either in pair), tile, network.run_size(pair[0]))

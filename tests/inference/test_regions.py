@@ -13,7 +13,7 @@ from nnunet_dyn.architectures.roi import box_slices, intersection
 from nnunet_dyn.architectures.roi_segmentor import ROIDecision
 from nnunet_dyn.inference import Predictor
 from nnunet_dyn.inference import predictor as module
-from nnunet_dyn.inference.regions import Crop, RegionLogits, RegionTile, crops_of, region_tiles, tile_boxes
+from nnunet_dyn.inference.regions import Crop, RegionLogits, RegionTile, crops_of_tiles, region_tiles, tile_boxes
 
 PATCH = (16, 16, 16)
 CORNER, FAR = ((0, 4), (0, 5), (0, 3)), ((30, 34), (28, 33), (36, 40))
@@ -167,7 +167,7 @@ def test_averaged_on_the_crop_is_what_averaged_tiles_are(tmp_path, mode):
     (decision,) = network.decide(tile[None])
     assert len(decision.boxes) == 3 and intersection(*decision.boxes[:2])
     whole = RegionTile(((0, 32),) * 3, ((0, 32),) * 3, decision)
-    crops = crops_of(network, [whole])
+    crops = crops_of_tiles(network, [whole])
     total = RegionLogits(crops, network.background_logits, (32,) * 3, torch.ones(32, 32, 32))
     for crop in crops:
         (mean,) = predictor._mean_of_copies([network.cut(tile, crop.box)], copies, 3, predictor.engine.infer_crops)
@@ -235,7 +235,7 @@ def test_every_voxel_of_the_gate_is_covered(tmp_path, folder, patch):
     for data in images:
         gate = (data[1:] > 0).any(0)
         tiles = region_tiles(predictor.network, data, patch, 0.5)
-        crops = crops_of(predictor.network, tiles)
+        crops = crops_of_tiles(predictor.network, tiles)
         assert gate.any() and all(tuple(b - a for a, b in tile.box) == patch for tile in tiles)
         total = RegionLogits(crops, torch.zeros(1), shape, torch.ones(patch))
         for crop in crops:
