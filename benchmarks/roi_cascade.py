@@ -40,7 +40,6 @@ from volumes import write_dataset
 from nnunet_dyn.accounting import count_operations
 from nnunet_dyn.architectures.roi import Box, enlarge, mask_boxes, volume
 from nnunet_dyn.architectures.triplane import FILTERS
-from nnunet_dyn.decisions import SKIP
 from nnunet_dyn.inference.predictor import Predictor
 from nnunet_dyn.safety import BoxEvidence
 from nnunet_dyn.trainers.roi_cascade import SCORES, TRI_PLANE, add_case, boxes_of_case
@@ -266,21 +265,27 @@ def overlaps(compared: Sequence[tuple[str, int, dict[str, float]]]) -> dict:
 
 
 def what_ran(decisions: Path) -> dict:
-    """Of the tiles and voxels that nnU-Net's network would compute, those that the segmentor did; and in how many cases
-    a box of either stage ends at the border of the image."""
-    tiles = crops = voxels = covered = macs = review = 0
+    """What the segmentor computed, beside what nnU-Net's network would; and in how many cases a box of either stage
+    ends at the border of the image.
+
+    Returns:
+        ``tiles`` are nnU-Net's, of its sliding window; ``region_tiles`` those that lay on regions, which may be more.
+        ``share_of_voxels``: of the crops that were run, to those of nnU-Net's tiles, each counted as often as it is
+        computed.
+    """
+    tiles = on_regions = voxels = covered = macs = review = 0
     for file in (files := sorted(decisions.glob("*.json"))):
         found = json.loads(file.read_text())
         review += found["review"]
         for fold in found["folds"]:
+            tiles, voxels = tiles + found["window"]["tiles"], voxels + found["window"]["voxels"]
+            on_regions += len(fold["decisions"])
             for one in fold["decisions"]:
-                tiles, crops = tiles + 1, crops + bool(one["boxes"])
-                voxels += volume(one["tile"])
                 covered += sum(map(volume, one["boxes"]))
                 macs += one["macs"]
     return {
         "tiles": tiles,
-        "not_skipped": crops,
+        "region_tiles": on_regions,
         "share_of_voxels": round(covered / voxels, 4),
         "gmacs": macs / 1e9,
         "cases": len(files),
@@ -345,7 +350,9 @@ def cost(args: argparse.Namespace) -> dict:
 def growth(part: str, networks: "Networks", args: argparse.Namespace) -> list[dict]:
     """A target of ``args.target``³ voxels in volumes of ``args.sizes``³, or one of ``args.targets``³ in ``args.size``³.
 
-    The gates are the targets' boxes: no detector knows volumes of all these sizes; what it takes is added.
+    The gates are the targets' boxes: no detector knows volumes of all these sizes; what it takes is added. The cascade
+    is timed as ``nnunet_dyn predict`` runs it, between preprocessing and export. nnUNetv2_predict lays nnU-Net's tiles
+    on the volume, and takes longer.
     """
     pairs = [(size, args.target) for size in args.sizes]
     if part == "target":
@@ -381,7 +388,8 @@ class Networks:
     def measure(self, size: int, side: int) -> dict:
         """Tiles, multiply-accumulates and seconds on a volume of ``size``³ with one target of ``side``³ voxels.
 
-        nnU-Net's network costs the same on every tile, so that one is timed and multiplied.
+        nnU-Net's network costs the same on every tile of its sliding window, so that one is timed and multiplied. The
+        segmentor's tiles lie on the target; adding up its logits is in its seconds, and not in nnU-Net's.
         """
         tiles = self.tiles(self.stock, size)
         detector = self.tiles(self.detector, round(size * self.coarse))
@@ -397,7 +405,7 @@ class Networks:
                 "seconds": round(tiles * self.stock_seconds, 2),
             },
             "cascade": {
-                "tiles": sum(one.decision.action != SKIP for one in decided),
+                "tiles": len(decided),
                 "gmacs": (sum(one.macs for one in decided) + detector * self.detector_macs) / 1e9,
                 "seconds": round(taken + detector * self.detector_seconds, 2),
                 "detector_gmacs": detector * self.detector_macs / 1e9,

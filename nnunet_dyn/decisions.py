@@ -7,7 +7,7 @@ mirrored copy. ``docs/predict.md`` describes the JSON.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -74,6 +74,39 @@ class DecidingNetwork(Protocol):
         """Multiply-accumulates of deciding and executing on one tile, of whatever width in bits."""
 
 
+@runtime_checkable
+class GatedNetwork(DecidingNetwork, Protocol):
+    """One that segments the parts of a tile that a gate asks for, the channels behind the image, and nothing else.
+
+    Each part is cut out, segmented, and put back alone, so that tiles may lie on the parts and not on the image. The
+    members are those of :class:`nnunet_dyn.architectures.roi_segmentor.ROISegmentor`.
+    """
+
+    image_channels: int
+    background_logits: torch.Tensor
+
+    def regions(self, gate, shape, patch, count_tiles) -> list[tuple[Box, Box]]:
+        """The boxes of an image's gate that have tiles of their own, each without and with its margin."""
+
+    def decide_gate(self, gate) -> Decision:
+        """What to do with a tile of which the gate is known."""
+
+    def counted(self, decision: Decision) -> Decision:
+        """``decision`` with what it costs to execute."""
+
+    def run_size(self, box: Box) -> tuple[int, ...]:
+        """Voxels of what is computed for ``box``."""
+
+    def cut(self, image: torch.Tensor, box: Box) -> torch.Tensor:
+        """What is computed for ``box``, ``(C, *size)``."""
+
+    def segment_crops(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of what was cut out, in batches of one size."""
+
+    def restore(self, logits: torch.Tensor, box: Box) -> torch.Tensor:
+        """Logits of what was cut out, ``(classes, *size)``, at the size of ``box``."""
+
+
 @dataclass(frozen=True)
 class TileDecision:
     """A decision, and where in the preprocessed image it holds.
@@ -127,13 +160,16 @@ class CaseDecisions:
     """Every decision of a case.
 
     Attributes:
-        folds: of each fold that was averaged over, its tiles in the order of the sliding window.
+        folds: of each fold that was averaged over, its tiles in the order of the sliding window, or those on the
+            regions that are segmented.
         shape: of the preprocessed image.
         image_shape: of the image as it was read.
         crop: the part of the image, its axes in the preprocessed order, that the preprocessed one shows.
         axes: of the image, in the preprocessed order.
         mirrored_copies: in how many each decision was executed, the tile itself included.
         everything_macs: multiply-accumulates of one tile on which everything is computed once.
+        window: how many tiles nnU-Net's sliding window has on the image, and how many of the image's voxels are in
+            them, counted in each: what a network computes that does not decide.
         warnings: what is wrong with the case as a whole, a sentence each.
         first_stage: of a cascade whose first stage was predicted, too, what that decided; ``None`` if it does not.
     """
@@ -145,6 +181,7 @@ class CaseDecisions:
     axes: tuple[int, ...]
     mirrored_copies: int
     everything_macs: float
+    window: tuple[int, int]
     warnings: tuple[str, ...] = ()
     first_stage: CaseDecisions | None = None
 
@@ -165,11 +202,12 @@ class CaseDecisions:
             placed[axis] = (first + start * voxels // size, first - (-stop * voxels // size))
         return tuple(placed)
 
-    def totals(self, tiles: Iterable[TileDecision] | None = None) -> dict:
-        """Numbers and shares over ``tiles``, or all: see ``docs/predict.md``."""
-        tiles = self.tiles if tiles is None else tuple(tiles)
+    def totals(self, *folds: tuple[TileDecision, ...]) -> dict:
+        """Numbers and shares over some of :attr:`folds`, or all: see ``docs/predict.md``."""
+        folds = folds or self.folds
+        tiles = [tile for fold in folds for tile in fold]
         actions = Counter(tile.decision.action for tile in tiles)
-        mean = sum(tile.decision.cost for tile in tiles) / len(tiles)
+        mean = sum(tile.decision.cost for tile in tiles) / (len(folds) * self.window[0])
         return {
             "tiles": len(tiles),
             "shares": {action: round(count / len(tiles), 6) for action, count in sorted(actions.items())},
@@ -190,10 +228,11 @@ class CaseDecisions:
             "preprocessed_shape": list(self.shape),
             "mirrored_copies": self.mirrored_copies,
             "everything_macs": round(self.everything_macs),
+            "window": {"tiles": self.window[0], "voxels": self.window[1]},
             "totals": self.totals(),
             "folds": [
-                {"totals": self.totals(tiles), "decisions": [self._tile_json(tile) for tile in tiles]}
-                for tiles in self.folds
+                {"totals": self.totals(fold), "decisions": [self._tile_json(tile) for tile in fold]}
+                for fold in self.folds
             ],
             **({"first_stage": self.first_stage.to_json(case)} if self.first_stage else {}),
         }

@@ -104,6 +104,8 @@ def _draw_bar(ax, of_slice: list[list[TileDecision]], shown: list[int], decision
         name = f"{action}: {100 * share:.0f} %"
         ax.bar(range(len(shares)), heights, 1.0, base, color=_COLOURS.get(action, _OTHER), label=name)
         base += heights
+    if not all(of_slice):
+        ax.bar(range(len(shares)), [not tiles for tiles in of_slice], 1.0, color=_COLOURS[SKIP], label="no tile")
     review = [index for index, tiles in enumerate(of_slice) if any(tile.decision.review for tile in tiles)]
     if review:
         kind = {"marker": "v", "color": _REVIEW, "linestyle": "", "clip_on": False, "markersize": 5}
@@ -128,10 +130,10 @@ def _draw_slice(ax, index: int, tiles: list[TileDecision], shape: tuple[int, ...
             if first <= index < behind and (bottom - top, right - left) != shape[1:]:
                 corner, size = (left - 0.5, top - 0.5), (right - left, bottom - top)
                 ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=1.2))
-    actions = Counter(tile.decision.action for tile in tiles)
+    actions = Counter(tile.decision.action for tile in tiles) or Counter({"no tile": 1})
     bits = [widths for tile in tiles if (widths := getattr(tile.decision, "bits", None))]
     review = any(tile.decision.review for tile in tiles)
-    names = [action if len(tiles) == 1 else f"{count} {action}" for action, count in sorted(actions.items())]
+    names = [action if len(tiles) < 2 else f"{count} {action}" for action, count in sorted(actions.items())]
     text = f"{index}: {', '.join(names)}{' (review)' if review else ''}"
     if bits:
         ranges = [sorted({min(stage), max(stage)}) for stage in zip(*bits, strict=True)]

@@ -167,7 +167,9 @@ def _report_case(number: int, total: int, outcome: Outcome) -> None:
     if outcome.decisions is not None:
         totals = outcome.decisions.totals()
         shares = [f"{100 * share:.0f} % {action}" for action, share in totals["shares"].items()]
-        result += f"; {', '.join(shares)}" + (f"; review {totals['review']}" if totals["review"] else "")
+        result += f"; {', '.join(shares) or 'nothing to segment'}" + (
+            f"; review {totals['review']}" if totals["review"] else ""
+        )
         result += "".join(f"; {warning}" for warning in outcome.decisions.warnings)
     print(f"[{number}/{total}] {outcome.case}: {result}", file=sys.stderr, flush=True)
 

@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from io import StringIO
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,9 +38,10 @@ UNITS = (
 )
 PATHS = (
     "Paths of networks that decide what they compute, deciding included. MACs are those that run, at whatever width; "
-    "a pass decides and then does what the path says, or on images what was decided. The mean over images is of the "
-    "tiles of the sliding window, each once and not mirrored, with the decisions of the trained network; its seconds "
-    "are relative to the median of some passes of the first row's network (--rounds an image) between the tiles."
+    "a pass decides and then does what the path says, or on images what was decided. The mean over images is what is "
+    "predicted, not mirrored and with the decisions of the trained network, per tile of the sliding window, also where "
+    "tiles lie on regions (ROI cascade, its segmentor alone); its seconds are relative to the median of some passes of "
+    "the first row's network (--rounds an image) between the tiles."
 )
 
 
@@ -91,8 +93,8 @@ class PathProfile:
     Attributes:
         macs: of one tile, or their mean.
         macs_by_bits: those of each stage times its bits / 32.
-        tiles: of images, over which the numbers are means; 0 where the path is stated.
-        shares: of these tiles, by what was done with them.
+        tiles: of nnU-Net's sliding window over images, over which the numbers are means; 0 where the path is stated.
+        shares: of the tiles that were predicted, by what was done with them.
         ratios: to the stock network.
     """
 
@@ -245,7 +247,7 @@ def _stated_paths(
 def profile_images(
     predictor: Predictor, cases: list[list[Path]], stock: Subject, device, rounds: int, reference: Profile
 ) -> PathProfile:
-    """The mean over the tiles of images, decided by the trained network.
+    """What the tiles of images cost, decided by the trained network, to those of nnU-Net's sliding window.
 
     Args:
         cases: channel files of each.
@@ -261,34 +263,39 @@ def profile_images(
     def follow(x):
         return network.execute(x, network.decide(x))[1][0]
 
-    macs, by_bits, seconds, stock_seconds, shares = [], [], [], [], Counter()
+    macs, by_bits, seconds, stock_seconds, shares, window = [], [], [], [], Counter(), 0
     for number, files in enumerate(cases, 1):
         print(f"image {number} of {len(cases)}", file=sys.stderr, flush=True)
         image, properties = predictor.read(files)
-        tiles = list(predictor.tiles(predictor.preprocess([image], properties)[0]))
-        timed = {round(at * (len(tiles) - 1) / max(1, rounds - 1)) for at in range(rounds)}
+        data, _ = predictor.preprocess([image], properties)
+        window += predictor.window(tuple(data.shape[1:]))[0]
+        last = max(0, sum(1 for _ in predictor.tiles(data)) - 1)
+        timed = {round(at * last / max(1, rounds - 1)) for at in range(rounds)}
         if rounds and number == 1:
             timed_pass(static, noise, device)
-            timed_pass(follow, tiles[0][None].to(device), device)
-        for index, tile in enumerate(tiles):
+            for tile in islice(predictor.tiles(data), 1):
+                timed_pass(follow, tile[None].to(device), device)
+        for index, tile in zip_longest(range(last + 1), predictor.tiles(data)):
             if index in timed:
                 stock_seconds.append(timed_pass(static, noise, device)[0])
+            if tile is None:  # nothing is predicted of this image
+                continue
             spent, decision = timed_pass(follow, tile[None].to(device), device)
             seconds.append(spent)
             macs.append(network.operations(decision, patch))
             by_bits.append(decision.cost)
             shares[decision.action] += 1
-    mean, mean_by_bits = statistics.fmean(macs), statistics.fmean(by_bits)
+    mean, mean_by_bits = sum(macs) / window, sum(by_bits) / window
     ratios = {"macs": mean / reference.macs, "macs_by_bits": mean_by_bits / reference.macs}
     if rounds:
-        ratios["seconds"] = statistics.fmean(seconds) / statistics.median(stock_seconds)
+        ratios["seconds"] = sum(seconds) / window / statistics.median(stock_seconds)
     return PathProfile(
         f"{len(cases)} image{'s' * (len(cases) != 1)}",
         mean,
         mean_by_bits,
-        len(macs),
+        window,
         {action: round(count / len(macs), 4) for action, count in sorted(shares.items())},
-        statistics.fmean(seconds) if rounds else None,
+        sum(seconds) / window if rounds else None,
         statistics.median(stock_seconds) if rounds else None,
         {key: round(value, 4) for key, value in ratios.items()},
     )
@@ -546,7 +553,7 @@ def _print_row(profile: Profile, stock: Subject) -> None:
             cells.append(_cell(path, "seconds", 1, "s", 3))
         print((f"  {path.path:30}" + "".join(f"{cell:>17}" for cell in cells)).rstrip(), flush=True)
         if path.tiles:
-            shares = ", ".join(f"{100 * share:.0f} % {action}" for action, share in path.shares.items())
+            shares = ", ".join(f"{100 * share:.0f} % {action}" for action, share in path.shares.items()) or "none run"
             weighted = f"MACs × bits / 32 {path.ratios['macs_by_bits']:.2f}×"
             print(f"    {path.tiles} tiles: {shares}; {weighted}", flush=True)
 

@@ -1,5 +1,7 @@
 """Pictures of decisions: what is drawn where."""
 
+from dataclasses import replace
+
 import matplotlib.figure
 import numpy as np
 import pytest
@@ -23,7 +25,8 @@ def of_slices(decisions, shape=SHAPE, columns=(0,), width=40) -> CaseDecisions:
         (slice(None), z, slice(0, shape[1]), slice(left, left + width)) for z in range(shape[0]) for left in columns
     ]
     tiles = [TileDecision.make(at, (0, 0, 0), shape, one, 1.0) for at, one in zip(slicers, decisions, strict=True)]
-    return CaseDecisions((tuple(tiles),), shape, shape, tuple((0, size) for size in shape), (0, 1, 2), 1, 1.0)
+    window = (len(tiles), len(tiles) * shape[1] * width)
+    return CaseDecisions((tuple(tiles),), shape, shape, tuple((0, size) for size in shape), (0, 1, 2), 1, 1.0, window)
 
 
 @pytest.fixture
@@ -32,6 +35,18 @@ def figures(monkeypatch):
     original = matplotlib.figure.Figure.savefig
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda f, *a, **k: (found.append(f), original(f, *a, **k)))
     return found
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_slices_without_a_tile(tmp_path, figures, count):
+    """As of a network whose tiles lie on regions; of the second slice alone, or of none."""
+    whole = of_slices([Decision("crop", ((8, 24), (4, 28)))] * SHAPE[0])
+    decisions = replace(whole, folds=(whole.tiles[1 : 1 + count],))
+    plot_decisions(np.zeros(SHAPE), np.zeros(SHAPE, int), decisions, tmp_path / "slices.png")
+    bar, *slices = figures[0].axes
+    names = [text.get_text() for text in bar.get_legend().get_texts()]
+    assert names == ["crop: 100 %"] * count + ["no tile"]
+    assert [ax.get_title() for ax in slices][:2] == ["0: no tile", "1: crop" if count else "1: no tile"]
 
 
 def test_every_slice_shows_its_decision_box_and_bits(tmp_path, figures):

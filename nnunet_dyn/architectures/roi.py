@@ -230,6 +230,27 @@ def jitter(box: Box, shape: Sequence[int], rng: np.random.Generator, shrink: flo
     return tuple(moved)
 
 
+def box_size(box: Box) -> tuple[int, ...]:
+    """Voxels along each axis of ``box``."""
+    return tuple(stop - start for start, stop in box)
+
+
+def box_slices(box: Box) -> tuple[slice, ...]:
+    """What takes ``box`` out of an array."""
+    return tuple(slice(start, stop) for start, stop in box)
+
+
+def intersection(a: Box, b: Box) -> Box | None:
+    """What the boxes have in common, ``None`` if that is nothing."""
+    common = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
+    return common if all(start < stop for start, stop in common) else None
+
+
+def shifted(box: Box, by: Sequence[int]) -> Box:
+    """``box`` moved by so many voxels along each axis."""
+    return tuple((start + step, stop + step) for (start, stop), step in zip(box, by, strict=True))
+
+
 def volume(box: Box) -> int:
     """Voxels in ``box``."""
     return prod(stop - start for start, stop in box)

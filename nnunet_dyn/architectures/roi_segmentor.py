@@ -8,7 +8,7 @@ Efficient 3D Medical Image Segmentation", Section 3.2.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -37,10 +37,13 @@ from nnunet_dyn.architectures.fast_convs import fast_conv_op
 from nnunet_dyn.architectures.roi import (
     Box,
     Labels,
+    box_size,
+    box_slices,
     component_boxes,
     connected_targets,
     end_at_border,
     enlarge,
+    intersection,
     merge,
     mirrored_box,
     volume,
@@ -65,20 +68,34 @@ _INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 # --- boxes -------------------------------------------------------------------------------------------------------
 
 
-def _sizes(box: Box) -> Size:
-    return tuple(stop - start for start, stop in box)
-
-
-def _slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in box)
-
-
 def _joint(boxes: Sequence[Box]) -> Box:
     return tuple((min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*boxes, strict=True))
 
 
-def _overlap(a: Box, b: Box) -> bool:
-    return all(max(a0, b0) < min(a1, b1) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
+def join(boxes: Sequence[Box], voxels: Callable[[Box], int]) -> list[Box]:
+    """``boxes``, those of them as one that together would not be clearly smaller than their joint one.
+
+    Args:
+        voxels: what segmenting a box takes.
+    """
+
+    def belong_together(group: Sequence[Box]) -> bool:
+        return sum(map(voxels, group)) >= _CLEARLY_SMALLER * voxels(_joint(group))
+
+    boxes = list(boxes)
+    while pair := next((pair for pair in combinations(boxes, 2) if belong_together(pair)), None):
+        for box in pair:
+            boxes.remove(box)
+        boxes.append(_joint(pair))
+    return boxes if len(boxes) < 2 or not belong_together(boxes) else [_joint(boxes)]
+
+
+def _gate_boxes(gate: Iterable[np.ndarray]) -> list[Box]:
+    """The boxes that the channels of a gate, ``(*spatial)``, were filled with.
+
+    A box of the detector may hold another label's, or meet it at an edge; it is a box of its own all the same.
+    """
+    return [box for channel in gate for box in component_boxes(*connected_targets(channel, connectivity=1))]
 
 
 def fit_box(box: Box, patch: Sequence[int], divisor: Sequence[int], least: Sequence[int], aligned: bool) -> Box:
@@ -305,7 +322,7 @@ class ROISegmentor(nn.Module):
             return self.network(x[:, : self.image_channels])
         decisions = self.decide(x)
         if self.decisions is not None and not self.training:
-            self.decisions.extend(map(self._counted, decisions))
+            self.decisions.extend(map(self.counted, decisions))
         return self._run(x, decisions)
 
     @torch.no_grad()
@@ -318,55 +335,67 @@ class ROISegmentor(nn.Module):
         is_gate = x[:, self.image_channels :] > 0.5
         has_any = is_gate.flatten(1).any(1).tolist()
         return [
-            self._decide(tile.cpu().numpy()) if has else ROIDecision()
+            self.decide_gate(tile.cpu().numpy()) if has else ROIDecision()
             for tile, has in zip(is_gate, has_any, strict=True)
         ]
 
-    def _decide(self, gate: np.ndarray) -> ROIDecision:
+    def decide_gate(self, gate: np.ndarray) -> ROIDecision:
+        """What to do with a tile, of which ``gate: (channels, *patch)`` says where to segment."""
         patch = gate.shape[1:]
-        # A box of the detector may hold another label's, or meet it at an edge; it is a box of its own all the same.
-        found = [box for channel in gate for box in component_boxes(*connected_targets(channel, connectivity=1))]
-        targets = [enlarge(box, self.margin, patch) for box in found]
+        targets = [enlarge(box, self.margin, patch) for box in _gate_boxes(gate)]
         if len(targets) > _MOST_TARGETS:
             targets = merge(targets)
-        targets = [_joint(targets)] if len(targets) > _MOST_TARGETS else self._merge(targets, patch)
+        if len(targets) > _MOST_TARGETS:
+            targets = [_joint(targets)]
+        targets = join(targets, lambda box: volume(self.crop(box, patch)))
         return self._decision([self.crop(box, patch) for box in targets], targets)
+
+    def regions(
+        self, gate: Iterable[np.ndarray], shape: Size, patch: Size, count_tiles: Callable[[Size], int]
+    ) -> list[tuple[Box, Box]]:
+        """The boxes of an image's gate, each of which is best segmented in tiles of its own.
+
+        Those are one that would not be clearly smaller apart, as in a tile. Of more than a tile may have targets, near
+        ones are one, ever farther apart until there are no more.
+
+        Args:
+            gate: its channels, ``(*shape)``.
+            count_tiles: of ``patch`` voxels, for a box of some size.
+
+        Returns:
+            Each box, and what is segmented for it: the box and its margin.
+        """
+        boxes, gap = _gate_boxes(gate), 0
+        while len(boxes) > _MOST_TARGETS:
+            boxes, gap = merge(boxes, gap), max(1, 2 * gap)
+
+        def with_margin(box: Box) -> Box:
+            return enlarge(box, self.margin, shape)
+
+        def voxels(box: Box) -> int:
+            size = box_size(with_margin(box))
+            in_tile = tuple((0, min(pair)) for pair in zip(size, patch, strict=True))
+            return count_tiles(size) * volume(self.crop(in_tile, patch))
+
+        return [(box, with_margin(box)) for box in join(boxes, voxels)]
 
     def _decision(self, boxes: Sequence[Box], targets: Sequence[Box]) -> ROIDecision:
         active = getattr(self.network, "active_stages", None)
         stages = tuple(active(self.run_size(box)) for box in boxes) if active else ()
         return ROIDecision(tuple(boxes), tuple(targets), stages)
 
-    def _counted(self, decision: ROIDecision) -> ROIDecision:
+    def counted(self, decision: ROIDecision) -> ROIDecision:
+        """``decision`` with its cost."""
         return replace(decision, cost=float(sum(self.count(self.run_size(box)) for box in decision.boxes)))
-
-    def _merge(self, targets: list[Box], patch: Size) -> list[Box]:
-        """Targets whose crops together would not be clearly smaller than a joint one are one."""
-
-        def voxels(box: Box) -> int:
-            return volume(self.crop(box, patch))
-
-        def belong_together(group: Sequence[Box]) -> bool:
-            return sum(map(voxels, group)) >= _CLEARLY_SMALLER * voxels(_joint(group))
-
-        def first_pair() -> tuple[Box, Box] | None:
-            pairs = combinations(targets, 2)
-            return next((pair for pair in pairs if belong_together(pair)), None)
-
-        while pair := first_pair():
-            for box in pair:
-                targets.remove(box)
-            targets.append(_joint(pair))
-        return targets if len(targets) < 2 or not belong_together(targets) else [_joint(targets)]
 
     def crop(self, target: Box, patch: Sequence[int]) -> Box:
         """What is cut out of a tile of ``patch`` voxels to segment ``target``."""
         if self.mode == "paper":
             return target
-        divisor, least = self._divisor(_sizes(target))
+        divisor, least = self._divisor(box_size(target))
         while True:
             box = fit_box(target, patch, divisor, least, aligned=self.decoder.deep_supervision)
-            needed, least = self._divisor(_sizes(box))  # the larger crop may need more stages
+            needed, least = self._divisor(box_size(box))  # the larger crop may need more stages
             if needed == divisor:
                 return box
             divisor = needed
@@ -379,7 +408,7 @@ class ROISegmentor(nn.Module):
 
     def run_size(self, box: Box) -> Size:
         """Voxels of the network's input for a crop."""
-        size = _sizes(box)
+        size = box_size(box)
         if self.mode == "own":
             return size
         cubes, smallest = self.paper_cubes
@@ -396,17 +425,17 @@ class ROISegmentor(nn.Module):
         Returns:
             What :meth:`forward` does, and the decisions with their cost.
         """
-        return self._run(x, decisions), [self._counted(decision) for decision in decisions]
+        return self._run(x, decisions), [self.counted(decision) for decision in decisions]
 
     def profile_paths(self, patch: Size) -> dict[str, ROIDecision]:
         """A tile that is one ROI, and one without any."""
         whole = tuple((0, size) for size in patch)
-        everything = self._counted(self._decision([whole], [whole]))
+        everything = self.counted(self._decision([whole], [whole]))
         return {EVERYTHING_ON: everything, EVERYTHING_SKIPPED: ROIDecision()}
 
     def operations(self, decision: ROIDecision, patch: Size) -> int:
         """Multiply-accumulates of ``decision``."""
-        return round(self._counted(decision).cost)
+        return round(self.counted(decision).cost)
 
     def _run(self, x: torch.Tensor, decisions: Sequence[ROIDecision]) -> torch.Tensor | list[torch.Tensor]:
         image, full = x[:, : self.image_channels], x.shape[2:]
@@ -437,7 +466,11 @@ class ROISegmentor(nn.Module):
 
     def cut(self, image: torch.Tensor, box: Box) -> torch.Tensor:
         """The network's input, ``(image_channels, *size)``, for a crop of a tile's ``image: (C, *patch)``."""
-        return _resize(image[(slice(self.image_channels), *_slices(box))][None], self.run_size(box))[0]
+        return _resize(image[(slice(self.image_channels), *box_slices(box))][None], self.run_size(box))[0]
+
+    def restore(self, logits: torch.Tensor, box: Box) -> torch.Tensor:
+        """The logits of a crop, ``(num_classes, *size)``, at the size of its ``box``: the way back from :meth:`cut`."""
+        return _resize(logits[None], box_size(box))[0]
 
     def segment_crops(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """What the network says of crops of one size, ``(B, image_channels, *size)``; an engine puts itself here."""
@@ -495,14 +528,14 @@ def _paste(output: torch.Tensor, decision: ROIDecision, pieces: Sequence[torch.T
         return tuple((start // step, -(-stop // step)) for (start, stop), step in zip(box, scale, strict=True))
 
     places = [lies(box) for box in decision.boxes]
-    pieces = [_resize(piece[None], _sizes(place))[0] for piece, place in zip(pieces, places, strict=True)]
+    pieces = [_resize(piece[None], box_size(place))[0] for piece, place in zip(pieces, places, strict=True)]
     for piece, place in zip(pieces, places, strict=True):
-        output[(slice(None), *_slices(place))] = piece
-    if any(_overlap(*pair) for pair in combinations(places, 2)):
+        output[(slice(None), *box_slices(place))] = piece
+    if any(intersection(*pair) for pair in combinations(places, 2)):
         for piece, place, target in zip(pieces, places, decision.targets, strict=True):
             inner = lies(target)
             within = [slice(a - p, b - p) for (a, b), (p, _) in zip(inner, place, strict=True)]
-            output[(slice(None), *_slices(inner))] = piece[(slice(None), *within)]
+            output[(slice(None), *box_slices(inner))] = piece[(slice(None), *within)]
 
 
 # --- the paper's segmentor ---------------------------------------------------------------------------------------

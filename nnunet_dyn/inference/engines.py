@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from nnunet_dyn.decisions import Decision
+    from nnunet_dyn.decisions import Decision, GatedNetwork
 
 # What torch computes in, by device; the first is what nnU-Net takes there.
 TORCH_PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp16", "fp32", "bf16"), "mps": ("fp32",)}
@@ -145,6 +145,12 @@ class Engine(ABC):
         and ``execute`` as :class:`nnunet_dyn.decisions.DecidingNetwork`, with tiles and logits as of ``infer``."""
         return False
 
+    @property
+    def gated(self) -> GatedNetwork | None:
+        """The network, if it segments what a gate asks for and nothing else. Such an engine also has ``infer_crops``,
+        which is ``infer`` for what the network cuts out."""
+        return None
+
 
 class TorchEngine(Engine):
     """PyTorch in eager mode, or compiled where nnU-Net's ``nnUNet_compile`` asks for it; lower precision by autocast.
@@ -210,6 +216,16 @@ class TorchEngine(Engine):
         from nnunet_dyn.decisions import DecidingNetwork
 
         return isinstance(getattr(self.network, "_orig_mod", self.network), DecidingNetwork)
+
+    @property
+    def gated(self) -> GatedNetwork | None:
+        from nnunet_dyn.decisions import GatedNetwork
+
+        network = getattr(self.network, "_orig_mod", self.network)
+        return network if isinstance(network, GatedNetwork) else None
+
+    def infer_crops(self, crops: torch.Tensor) -> torch.Tensor:
+        return self._as_added_up(self._at_precision(self.gated.segment_crops, crops))
 
     def profile_paths(self, patch: tuple[int, ...]) -> dict[str, Decision]:
         return self.network.profile_paths(patch)

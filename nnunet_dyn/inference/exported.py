@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,10 @@ class Exported:
         """Where the first stage of a cascade is, if there is one."""
         return self.folder / FIRST_STAGE
 
-    @property
-    def first_stage_folds(self) -> tuple[int | str, ...]:
-        """Those of the first stage; none where there is no such stage."""
-        return () if self.manifest.first_stage is None else _read_manifest(self.first_stage).folds
+    def first_stage_folds(self, folds: Sequence[int | str]) -> tuple[int | str, ...]:
+        """Which of the first stage go before ``folds``, the same or all; none where there is no such stage."""
+        there = () if self.manifest.first_stage is None else _read_manifest(self.first_stage).folds
+        return tuple(folds) if set(folds) <= set(there) else there
 
     def check(self, engine: str | None, precision: str | None, checkpoint: str) -> tuple[str, str]:
         """The engine and precision of the manifest, where nothing else was asked for.

@@ -30,7 +30,14 @@ from nnunet_dyn.inference.cascade import CascadeEngine, Crops, crops_of, write_d
 from nnunet_dyn.inference.conversion import ENDINGS, convert, quantise, runner, save, scratch, writing
 from nnunet_dyn.inference.engines import MANIFEST, Engine, TorchEngine, check_engine, check_installed
 from nnunet_dyn.inference.exported import FIRST_STAGE, Manifest, engine_of, is_exported, load_exported, sha256
-from nnunet_dyn.inference.model_folder import CHECKPOINT, Model, available_folds, first_stage_folder, load_model
+from nnunet_dyn.inference.model_folder import (
+    CHECKPOINT,
+    Model,
+    available_folds,
+    first_stage_folder,
+    load_model,
+    same_or_all,
+)
 from nnunet_dyn.inference.predictor import Predictor
 from nnunet_dyn.inference.preprocessed import Cases, Patches, dice, mean, spread
 
@@ -143,7 +150,7 @@ class _FirstStage:
     """The detector of the ROI cascade.
 
     Attributes:
-        folds: those of the segmentor, or if one of them is missing, all that there are.
+        folds: see :func:`nnunet_dyn.inference.model_folder.same_or_all`.
     """
 
     model: Model
@@ -158,14 +165,12 @@ class _FirstStage:
             UsageError: it is not there.
         """
         beside = first_stage_folder(folder, model.configuration.previous_stage_name)
-        there = available_folds(beside, checkpoint)
-        if not there:
+        chosen = same_or_all(folds, beside, checkpoint)
+        if not chosen:
             raise UsageError(
                 f"Got the segmentor of a cascade; expected its detector in {beside}, with the {checkpoint} of a fold. "
                 "Train it, or copy its model folder."
             )
-        has_all = all((beside / f"fold_{fold}" / checkpoint).is_file() for fold in folds)
-        chosen = folds if has_all else there
         first = load_model(beside, chosen, checkpoint)
         _check_detector(first.network)
         return cls(first, chosen, _cases(first, beside, options))

@@ -57,6 +57,13 @@ def available_folds(folder: Path, checkpoint: str = CHECKPOINT) -> list[int | st
     return sorted(int(name) for name in names if name.isdecimal()) or [name for name in names if name == "all"]
 
 
+def same_or_all(folds: Sequence[int | str], folder: Path, checkpoint: str = CHECKPOINT) -> list[int | str]:
+    """Which folds of a cascade's first stage, in ``folder``, go before ``folds`` of the second one: the same, or if one
+    of them is missing, all that there are, which may be none."""
+    has_all = all((folder / f"fold_{fold}" / checkpoint).is_file() for fold in folds)
+    return list(folds) if has_all else available_folds(folder, checkpoint)
+
+
 def first_stage_folder(folder: Path, configuration: str) -> Path:
     """Where nnU-Net has the model of a cascade's first stage, ``configuration``: beside ``folder``, the second one's.
 

@@ -27,13 +27,28 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from tqdm import tqdm
 
-from nnunet_dyn.decisions import CALIBRATED_STEP_SIZE, EVERYTHING_ON, SKIP, CaseDecisions, Decision, TileDecision
+from nnunet_dyn.decisions import (
+    CALIBRATED_STEP_SIZE,
+    EVERYTHING_ON,
+    SKIP,
+    CaseDecisions,
+    Decision,
+    GatedNetwork,
+    TileDecision,
+)
 from nnunet_dyn.errors import JobError, NotFiniteError, UsageError
 from nnunet_dyn.inference.conversion import converted_engine
 from nnunet_dyn.inference.engines import Engine, TorchEngine, check_engine
 from nnunet_dyn.inference.export import complete_files, probabilities_file, segment
 from nnunet_dyn.inference.exported import is_exported, load_exported
-from nnunet_dyn.inference.model_folder import CHECKPOINT, available_folds, first_stage_folder, load_model
+from nnunet_dyn.inference.model_folder import (
+    CHECKPOINT,
+    available_folds,
+    first_stage_folder,
+    load_model,
+    same_or_all,
+)
+from nnunet_dyn.inference.regions import Crop, RegionLogits, RegionTile, crops_of_tiles, region_tiles, seen_in
 from nnunet_dyn.pictures import plot_decisions
 
 STAGES = ("read", "preprocess", "network", "export")
@@ -94,11 +109,12 @@ class Predictor(nnUNetPredictor):
     Its sliding window adds up the same logits in the same order and half precision as nnU-Net's, so that the
     segmentation is the same; what nnU-Net offers beside ``predict`` and ``predict_files`` works as always. A network
     that decides what it computes is asked once a tile, not once a mirrored copy, so that its segmentations may differ.
+    One that segments regions (:class:`nnunet_dyn.decisions.GatedNetwork`) has its tiles on them.
 
     Attributes:
         engine: runs the network.
-        decided: by ``predict_logits_from_preprocessed_data``, of each fold the tiles of the sliding window in order;
-            empty where the network does not decide.
+        decided: by ``predict_logits_from_preprocessed_data``, of each fold the tiles in order; empty where the network
+            does not decide.
         folder, folds: what ``from_folder`` has loaded.
         first_stage: of a cascade, what segments each case first where no segmentation of that stage is given.
     """
@@ -181,8 +197,7 @@ class Predictor(nnUNetPredictor):
             predictor.folder, predictor.folds = Path(folder), tuple(folds or available_folds(Path(folder), checkpoint))
             before = predictor.configuration_manager.previous_stage_name
             beside = None if before is None else first_stage_folder(predictor.folder, before)
-            there = [] if beside is None else available_folds(beside, checkpoint)
-            has_all = bool(there) and all((beside / f"fold_{f}" / checkpoint).is_file() for f in predictor.folds)
+            folds_before = [] if beside is None else same_or_all(predictor.folds, beside, checkpoint)
         else:
             predictor.folder, predictor.folds = Path(folder), tuple(folds or exported.manifest.folds)
             predictor.manual_initialization(
@@ -195,12 +210,11 @@ class Predictor(nnUNetPredictor):
                 exported.manifest.mirroring_axes,
                 engine=exported.engine(folds, threads),
             )
-            beside, there = exported.first_stage, exported.first_stage_folds
-            has_all = set(predictor.folds) <= set(there)
-        if first_stage and there:
+            beside, folds_before = exported.first_stage, exported.first_stage_folds(predictor.folds)
+        if first_stage and folds_before:
             predictor.first_stage = cls.from_folder(
                 beside,
-                predictor.folds if has_all else there,
+                folds_before,
                 checkpoint,
                 engine=engine,
                 precision=precision if exported is None else None,  # it has its own
@@ -313,14 +327,17 @@ class Predictor(nnUNetPredictor):
 
     def _placed(self, shape: tuple[int, ...]) -> tuple[TileDecision, ...]:
         """The decisions of the last sliding window, over an image of ``shape``, (C, *shape)."""
-        patch = self.configuration_manager.patch_size
-        image = torch.empty((1, *shape[1:]), device="meta")
-        _, inside = pad_nd_image(image, patch, "constant", {"value": 0}, True, None)  # as nnU-Net's sliding window does
-        offset = [part.start for part in inside[1:]]
+        inside, _ = self._image_in_padded(shape[1:])
+        offset = [part.start for part in inside]
         return tuple(TileDecision.make(slicer, offset, shape[1:], *rest) for slicer, *rest in self._decided)
 
     def _warn_of_tiles_not_calibrated_for(self, shape: tuple[int, ...]) -> None:
-        """Where a part of an image of ``shape`` was left out and its tiles lie elsewhere than in calibration."""
+        """Where a part of an image of ``shape`` was left out and its tiles lie elsewhere than in calibration.
+
+        Of regions nothing is left out, wherever their tiles lie.
+        """
+        if self._gated is not None:
+            return
         patch = tuple(self.configuration_manager.patch_size)
         padded = [max(size, side) for size, side in zip(shape[-len(patch) :], patch, strict=True)]
         steps = (self.tile_step_size, CALIBRATED_STEP_SIZE)
@@ -364,34 +381,74 @@ class Predictor(nnUNetPredictor):
     def _internal_predict_sliding_window_return_logits(
         self, data: torch.Tensor, slicers: list[tuple], do_on_device: bool = True
     ) -> torch.Tensor:
-        """nnU-Net's accumulation: half precision, its order of tiles. Anything else would change some voxels."""
         device = self.device if do_on_device else torch.device("cpu")
-        logits = weights = prediction = None
         self._decided: list[tuple[tuple, Decision, float]] = []
         try:
-            data = data.to(device)
-            logits = torch.zeros(
-                (self.label_manager.num_segmentation_heads, *data.shape[1:]), dtype=torch.half, device=device
-            )
-            weights = torch.zeros(data.shape[1:], dtype=torch.half, device=device)
-            gaussian = 1
-            if self.use_gaussian:
-                patch = tuple(self.configuration_manager.patch_size)
-                gaussian = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=10, device=device)
-            with tqdm(total=len(slicers), disable=None if self.allow_tqdm else True, leave=False, unit="tile") as bar:
-                for slicer, prediction in self._predict_tiles(data, slicers):
-                    logits[slicer] += prediction.to(device) * gaussian
-                    weights[slicer[1:]] += gaussian
-                    bar.update()
-            for of_class in logits:
-                of_class /= weights
+            if self._gated is not None:
+                return self._predict_regions(data.to(device))
+            return self._predict_window(data.to(device), slicers)
         except RuntimeError as error:
             # nnU-Net takes it for a lack of memory and tries again on the CPU while it handles the error, whose
             # traceback would keep the tensors of all these frames on the device.
             traceback.clear_frames(error.__traceback__)
-            data = logits = weights = prediction = of_class = None
             raise
+
+    def _predict_window(self, data: torch.Tensor, slicers: list[tuple]) -> torch.Tensor:
+        """nnU-Net's accumulation: half precision, its order of tiles. Anything else would change some voxels."""
+        logits = data.new_zeros((self.label_manager.num_segmentation_heads, *data.shape[1:]), dtype=torch.half)
+        weights, gaussian = torch.zeros_like(logits[0]), self._gaussian(data.device)
+        with self._bar(len(slicers), "tile") as bar:
+            for slicer, prediction in self._predict_tiles(data, slicers):
+                logits[slicer] += prediction.to(data.device) * gaussian
+                weights[slicer[1:]] += gaussian
+                bar.update()
+        for of_class in logits:
+            of_class /= weights
         return logits
+
+    def _gaussian(self, device: torch.device) -> torch.Tensor:
+        """(*patch) weights of a tile's voxels, half precision."""
+        patch = tuple(self.configuration_manager.patch_size)
+        if not self.use_gaussian:
+            return torch.ones(patch, dtype=torch.half, device=device)
+        return compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=10, device=device)
+
+    def _bar(self, total: int, unit: str) -> tqdm:
+        return tqdm(total=total, disable=None if self.allow_tqdm else True, leave=False, unit=unit)
+
+    @property
+    def _gated(self) -> GatedNetwork | None:
+        """The network, if tiles lie on the regions that its gate asks for. Slices have nnU-Net's."""
+        return self.engine.gated if len(self.configuration_manager.patch_size) == 3 else None
+
+    def _predict_regions(self, data: torch.Tensor) -> torch.Tensor:
+        """(classes, *shape) of an image of which only regions are segmented: see :mod:`nnunet_dyn.inference.regions`.
+
+        Mirrored copies are those of the crops, and averaged before the tile has them.
+        """
+        network, copies, tiles = self._gated, self._mirrored_axes(), self._region_tiles(data)
+        self._decided = [(tile.slicer, tile.decision, len(copies) * tile.decision.cost) for tile in tiles]
+        crops = crops_of_tiles(network, tiles)
+        total = RegionLogits(crops, network.background_logits, tuple(data.shape[1:]), self._gaussian(data.device))
+        alike: dict[tuple[int, ...], list[Crop]] = {}
+        for crop in crops:
+            alike.setdefault(crop.size, []).append(crop)
+        with self._bar(len(crops), "crop") as bar:
+            for size, members in alike.items():
+                batch = max(1, BATCH_VOXELS // math.prod(size))
+                together = max(1, batch // len(copies))
+                for start in range(0, len(members), together):
+                    group = members[start : start + together]
+                    cut = [network.cut(data, crop.box) for crop in group]
+                    means = self._mean_of_copies(cut, copies, batch, self.engine.infer_crops)
+                    for crop, (logits,) in zip(group, means, strict=True):
+                        total.add(crop, network.restore(logits, crop.box))
+                        bar.update()
+        return total.mean()
+
+    def _region_tiles(self, data: torch.Tensor) -> list[RegionTile]:
+        patch = tuple(self.configuration_manager.patch_size)
+        return region_tiles(self._gated, data, patch, self.tile_step_size)
 
     def _predict_tiles(self, data: torch.Tensor, slicers: list[tuple]) -> Iterator[tuple[tuple, torch.Tensor]]:
         """Each slicer with its tile's (classes, *patch) logits, in order."""
@@ -423,15 +480,24 @@ class Predictor(nnUNetPredictor):
         return [axes for n in range(len(allowed) + 1) for axes in itertools.combinations(allowed, n)]
 
     def _mean_of_copies(
-        self, tiles: list[torch.Tensor], copies: list[tuple[int, ...]], batch: int
+        self,
+        tiles: list[torch.Tensor],
+        copies: list[tuple[int, ...]],
+        batch: int,
+        infer: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> list[tuple[torch.Tensor]]:
-        """(classes, *patch) logits of each (C, *patch) tile, the mean over its mirrored copies."""
+        """(classes, *size) logits of each (C, *size) tile, the mean over its mirrored copies.
+
+        Args:
+            infer: of a batch of copies; ``None`` is the engine's.
+        """
+        infer = infer or self.engine.infer
         work = [(index, axes) for index in range(len(tiles)) for axes in copies]
         sums: list[torch.Tensor | None] = [None] * len(tiles)
         for start in range(0, len(work), batch):
             part = work[start : start + batch]
             stacked = torch.stack([tiles[index].flip(axes) for index, axes in part]).to(self.device)
-            for (index, axes), logits in zip(part, self.engine.infer(stacked), strict=True):
+            for (index, axes), logits in zip(part, infer(stacked), strict=True):
                 sums[index] = logits if sums[index] is None else sums[index].add_(logits.flip(axes))
         return [(total.div_(len(copies)),) for total in sums]
 
@@ -596,8 +662,14 @@ class Predictor(nnUNetPredictor):
         return torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)), properties
 
     def tiles(self, data: torch.Tensor) -> Iterator[torch.Tensor]:
-        """(C, *patch) of each tile of the sliding window over ``data``, (C, *shape), in order."""
+        """(C, *patch) of each tile that is predicted of ``data``, (C, *shape), in order.
+
+        Of a network that segments regions those are the tiles on them, each with the gate of one region.
+        """
         data, _ = pad_nd_image(data, self.configuration_manager.patch_size, "constant", {"value": 0}, True, None)
+        if self._gated is not None:
+            yield from (seen_in(tile, self._gated, data) for tile in self._region_tiles(data))
+            return
         for slicer in self._internal_get_sliding_window_slicers(data.shape[1:]):
             yield data[slicer]
 
@@ -615,7 +687,29 @@ class Predictor(nnUNetPredictor):
             tuple(forward),
             len(self._mirrored_axes()),
             paths[EVERYTHING_ON].cost,
+            self.window(shape),
         )
+
+    def window(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """How many tiles nnU-Net's sliding window has on an image of ``shape``, and how many voxels of it are in them,
+        counted in each."""
+        inside, padded = self._image_in_padded(shape)
+        in_tiles = [
+            math.prod(
+                min(at.stop, image.stop) - max(at.start, image.start) if isinstance(at, slice) else 1
+                for at, image in zip(slicer[1:], inside, strict=True)
+            )
+            for slicer in self._internal_get_sliding_window_slicers(padded)
+        ]
+        return len(in_tiles), int(sum(in_tiles))
+
+    def _image_in_padded(self, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[int, ...]]:
+        """Where an image of ``shape`` lies in what nnU-Net's sliding window makes of it, and the shape of that."""
+        image = torch.empty((1, *shape), device="meta")
+        padded, inside = pad_nd_image(
+            image, self.configuration_manager.patch_size, "constant", {"value": 0}, True, None
+        )
+        return inside[1:], tuple(padded.shape[1:])
 
     def _labels(self, logits: torch.Tensor) -> np.ndarray:
         """(*shape) labels at the network's spacing, a slice at a time."""

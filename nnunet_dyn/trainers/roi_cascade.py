@@ -39,8 +39,10 @@ from nnunet_dyn.architectures.roi import (
     DetectorNetwork,
     component_boxes,
     connected_targets,
+    intersection,
     jitter,
     label_boxes,
+    shifted,
     volume,
 )
 from nnunet_dyn.architectures.roi_detectors import LowResDetector
@@ -433,7 +435,7 @@ def boxes_of_case(
     """The boxes of a case, ``data: (C, *spatial)``, in any tile of it, as ``nnUNetv2_predict`` would tile it.
 
     Args:
-        scores: thresholds that detections are asked to reach; the network's own is another one afterwards.
+        scores: thresholds that detections are asked to reach, in the place of the network's own.
 
     Returns:
         By score, then by class, without the margin.
@@ -441,19 +443,19 @@ def boxes_of_case(
     padded, revert = pad_nd_image(data.float(), tuple(patch), "constant", {"value": 0}, True)
     before = [part.start for part in revert[1:]]
     boxes: dict[float, dict[int, list[Box]]] = {score: {label: [] for label in network.classes} for score in scores}
-    for corner in product(*compute_steps_for_sliding_window(padded.shape[1:], patch, 0.5)):
-        window = tuple(slice(start, start + size) for start, size in zip(corner, patch, strict=True))
-        outputs = network.raw(padded[(slice(None), *window)][None])
-        for score in scores:
-            network.score_threshold.fill_(score)
-            for label, found in network.read(outputs, patch)[0].items():
-                for one in found:
-                    box = tuple(
-                        (max(0, start + at - pad), min(size, stop + at - pad))
-                        for (start, stop), at, pad, size in zip(one.box, corner, before, data.shape[1:], strict=True)
-                    )
-                    if all(start < stop for start, stop in box):
-                        boxes[score][label].append(box)
+    image, own_score = tuple((0, size) for size in data.shape[1:]), network.score_threshold.clone()
+    try:
+        for corner in product(*compute_steps_for_sliding_window(padded.shape[1:], patch, 0.5)):
+            window = tuple(slice(start, start + size) for start, size in zip(corner, patch, strict=True))
+            outputs = network.raw(padded[(slice(None), *window)][None])
+            moved = [at - pad for at, pad in zip(corner, before, strict=True)]
+            for score in scores:
+                network.score_threshold.fill_(score)
+                for label, found in network.read(outputs, patch)[0].items():
+                    inside = (intersection(shifted(one.box, moved), image) for one in found)
+                    boxes[score][label] += [box for box in inside if box is not None]
+    finally:
+        network.score_threshold.copy_(own_score)
     return boxes
 
 

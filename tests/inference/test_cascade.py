@@ -139,7 +139,9 @@ def test_detector_and_segmentor_in_one_call(roi_results, wide, tmp_path, capsys)
     assert 0 < (boxes > 0).mean() < 0.5
     saved, of_two = (json.loads((tmp_path / name / "decisions/case_0.json").read_text()) for name in ("one", "two"))
     detected = saved.pop("first_stage")
-    assert saved == of_two and saved["warnings"] == [] and set(saved["totals"]["shares"]) == {"crop", "skip"}
+    assert saved == of_two and saved["warnings"] == [] and set(saved["totals"]["shares"]) == {"crop"}
+    # 24 × 32 × 44 voxels, of which a patch of 16³ takes 2 × 3 × 5 tiles; the detector's, of half as many, one.
+    assert saved["window"]["tiles"] == 30 and detected["window"] == {"tiles": 1, "voxels": 12 * 16 * 22}
     assert saved["folds"][0]["decisions"][0].keys() >= {"boxes", "stages", "action", "macs", "image_boxes"}
     assert set(detected["totals"]["shares"]) == {"detect"} and detected["mirrored_copies"] == 1
     shape = detected["preprocessed_shape"]
@@ -157,7 +159,7 @@ def test_detector_and_segmentor_in_one_call(roi_results, wide, tmp_path, capsys)
     assert inside.any() and (boxes > 0)[inside > 0].all() and not (boxes > 0)[~grown].any()
 
 
-def test_tiles_outside_of_every_box_cost_nothing(roi_results):
+def test_what_is_outside_of_every_box_costs_nothing(roi_results):
     predictor = Predictor.from_folder(roi_results / ROI_NAMES[1], [0], device="cpu")
     crops = []
     predictor.network.network.register_forward_hook(
@@ -165,7 +167,7 @@ def test_tiles_outside_of_every_box_cost_nothing(roi_results):
     )
     predicted = predictor.predict(bright_cubes(), (1, 1, 1))
     tiles = predicted.decisions.tiles
-    assert 0 < sum(tile.decision.action == "skip" for tile in tiles) < len(tiles)
+    assert 0 < len(tiles) < predicted.decisions.window[0] and all(tile.boxes for tile in tiles)
     assert len(crops) == 2 * sum(len(tile.boxes) for tile in tiles)
     assert all(tile.macs == 2 * tile.decision.cost and (tile.macs > 0) == bool(tile.boxes) for tile in tiles)
     everything = predictor.network.count((16, 16, 16))
@@ -174,8 +176,10 @@ def test_tiles_outside_of_every_box_cost_nothing(roi_results):
     assert detected == predicted.decisions.first_stage.everything_macs > 0
 
 
-def test_the_predictor_is_nnunets_for_both_stages(roi_results, wide, tmp_path):
-    """Without mirroring, since nnU-Net's predictor decides for each copy anew, whose crops may lie elsewhere."""
+def test_the_predictor_is_nnunets_for_both_stages(wide, tmp_path):
+    """Without mirroring, since nnU-Net's predictor decides for each copy anew, whose crops may lie elsewhere; and where
+    one tile holds the image, since nnU-Net's others do not lie on regions."""
+    roi_results = write_cascade(tmp_path / "results", patch_size=(24, 32, 44)).parent
     for name, before in zip(ROI_NAMES, (None, str(tmp_path / "3d_detect")), strict=True):
         stock = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False, allow_tqdm=False)
         stock.initialize_from_trained_model_folder(str(roi_results / name), (0,))
@@ -199,10 +203,25 @@ def test_where_nothing_is_detected_there_is_a_warning(roi_results, wide, tmp_pat
     assert predict(tmp_path / ROI_NAMES[1], wide, tmp_path / "out", *flags) == 0
     shown = capsys.readouterr()
     saved = json.loads((tmp_path / "out/decisions/case_0.json").read_text())
-    assert saved["warnings"] == [NOTHING_FOUND] and saved["review"] and saved["totals"]["shares"] == {"skip": 1.0}
-    assert NOTHING_FOUND in shown.err and json.loads(shown.out)["cases"][0]["decisions"]["warnings"] == [NOTHING_FOUND]
+    assert saved["warnings"] == [NOTHING_FOUND] and saved["review"] and saved["totals"]["shares"] == {}
+    assert saved["folds"][0]["decisions"] == [] and saved["totals"]["relative_macs"] == 0
+    assert f"nothing to segment; {NOTHING_FOUND}" in shown.err and json.loads(shown.out)["cases"][0]["decisions"][
+        "warnings"
+    ] == [NOTHING_FOUND]
     assert all(tile["boxes"] == [] for tile in saved["first_stage"]["folds"][0]["decisions"])
     assert not labels(tmp_path / "out")["case_0.nii.gz"].any()
+
+
+def test_profiling_images_counts_what_is_predicted_to_nnunets_tiles(roi_results, wide, tmp_path, capsys):
+    predictor = Predictor.from_folder(roi_results / ROI_NAMES[1], [0], device="cpu")
+    decisions = predictor.predict(bright_cubes(), (1, 1, 1)).decisions
+    file, arguments = tmp_path / "profile.json", ["-m", str(roi_results / ROI_NAMES[1]), "-f", "0", "-i", str(wide)]
+    assert cli.main(["profile", *arguments, "--rounds", "0", "--json", str(file)]) == 0
+    mean = json.loads(file.read_text())["profiles"][-1]["paths"][-1]
+    assert mean["tiles"] == 30 and mean["shares"] == {"crop": 1.0}
+    assert mean["macs"] == pytest.approx(sum(tile.decision.cost for tile in decisions.tiles) / 30)
+    assert mean["macs_by_bits"] == pytest.approx(decisions.totals()["mean_macs"], rel=1e-6)
+    assert "30 tiles: 100 % crop" in capsys.readouterr().out
 
 
 def test_the_first_stage_stands_beside_the_second(tmp_path):

@@ -88,18 +88,21 @@ def sizes(monkeypatch):
 
 @pytest.mark.parametrize("network", list(NETWORKS))
 def test_the_exported_cascade_is_that_of_torch(segmentors, exported, sizes, network):
-    """On a case of two targets, with all decisions."""
+    """On a case of two targets, with all decisions; and on boxes that need other models, one of a size of its own."""
     original = Predictor.from_folder(segmentors[network][0], (0,), device="cpu", threads=1)
     predictor = Predictor.from_folder(exported[network], threads=1)
     assert predictor.engine.name == predictor.first_stage.engine.name == original_engine(network)
     array = bright_cubes(FAR, ((3, 9), (5, 13), (7, 20)), seed=9)
-    expected, got = (each.predict(array, (1, 1, 1)) for each in (original, predictor))
-    assert (expected.segmentation == got.segmentation).mean() >= 0.9999 and len(np.unique(got.segmentation)) > 2
-    mine, theirs = (each.decisions for each in (got, expected))
-    assert [tile.boxes for tile in mine.tiles] == [tile.boxes for tile in theirs.tiles]
-    assert [tile.decision.to_json() for tile in mine.tiles] == [tile.decision.to_json() for tile in theirs.tiles]
-    assert {tile.decision.action for tile in mine.tiles} == {"crop", "skip"} and mine.totals() == theirs.totals()
-    assert mine.first_stage.totals() == theirs.first_stage.totals()
+    boxes = np.zeros(array.shape[1:], np.uint8)
+    boxes[2:6, 3:8, 4:9], boxes[10:20, 15:25, 30:40] = 1, 2
+    for given in (None, boxes):
+        expected, got = (each.predict(array, (1, 1, 1), previous_stage=given) for each in (original, predictor))
+        assert (expected.segmentation == got.segmentation).mean() >= 0.9999 and len(np.unique(got.segmentation)) > 2
+        mine, theirs = (each.decisions for each in (got, expected))
+        assert [tile.boxes for tile in mine.tiles] == [tile.boxes for tile in theirs.tiles]
+        assert [tile.decision.to_json() for tile in mine.tiles] == [tile.decision.to_json() for tile in theirs.tiles]
+        assert {tile.decision.action for tile in mine.tiles} == {"crop"} and mine.totals() == theirs.totals()
+        assert given is not None or mine.first_stage.totals() == theirs.first_stage.totals()
     if network == "stages":
         assert len({stages for tile in mine.tiles for stages in tile.decision.stages}) == 2
         own = {tuple(size) for size in json.loads((exported[network] / "fold_0.json").read_text())["sizes"]}
@@ -141,16 +144,16 @@ def test_one_call_by_the_command(segmentors, exported, tmp_path, capsys, monkeyp
                   for name in ("out", "torch"))  # fmt: skip
     assert (one == other).mean() >= 0.9999 and len(np.unique(one)) > 2
     saved = json.loads((tmp_path / "out/decisions/case_0.json").read_text())
-    assert set(saved["totals"]["shares"]) == {"crop", "skip"} and saved["first_stage"]["totals"]["shares"]
+    assert set(saved["totals"]["shares"]) == {"crop"} and saved["first_stage"]["totals"]["shares"]
 
 
 def test_where_nothing_is_detected_nothing_is_run(exported, monkeypatch):
     predictor = Predictor.from_folder(exported["stages"], threads=1)
     predictor.first_stage.engine.network.score_threshold.fill_(1.1)
-    monkeypatch.setattr(predictor.engine.network, "segment_crops", None)
+    monkeypatch.setattr(predictor.engine.network, "segment_crops", lambda x: 1 / 0)
     predicted = predictor.predict(bright_cubes(), (1, 1, 1))
     assert predicted.decisions.warnings == (NOTHING_FOUND,) and not predicted.segmentation.any()
-    assert predicted.decisions.totals()["shares"] == {"skip": 1.0}
+    assert predicted.decisions.tiles == ()
 
 
 @pytest.mark.parametrize("network", list(NETWORKS))
@@ -239,7 +242,7 @@ def test_lower_precision(segmentors, converted, tmp_path, monkeypatch, network, 
     assert not any(path.name.startswith((".", "tmp")) for path in folder.rglob("*")), "nothing else is left"
     if precision == "int8":
         assert outer["calibration"]["fold_0"]["cases"] == ["case_0", "case_1"]
-        assert 4 < outer["calibration"]["fold_0"]["patches"] <= 8
+        assert outer["calibration"]["fold_0"]["patches"] == 4  # of two regions in each of two cases
     else:
         assert outer["calibration"] == {}
     assert inner["calibration"] == {}

@@ -228,7 +228,7 @@ def test_a_box_at_the_images_border_is_for_review(box, expected, kind):
 
 def test_places_in_the_image_by_hand():
     """Slices are the image's last axis; 20×30 voxels from (3, 5) on were resampled to 10×45."""
-    decisions = CaseDecisions((), (4, 10, 45), (40, 50, 6), ((1, 5), (3, 23), (5, 35)), (2, 0, 1), 4, 1.0)
+    decisions = CaseDecisions((), (4, 10, 45), (40, 50, 6), ((1, 5), (3, 23), (5, 35)), (2, 0, 1), 4, 1.0, (0, 0))
     assert decisions.to_image(((0, 1), (0, 10), (0, 45))) == ((3, 23), (5, 35), (1, 2))
     assert decisions.to_image(((3, 4), (2, 3), (1, 3))) == ((7, 9), (5, 7), (4, 5))  # two thirds to two: outwards
 

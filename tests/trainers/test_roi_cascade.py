@@ -1,5 +1,6 @@
 """The trainer of the ROI cascade, on a small data set as nnU-Net leaves it after preprocessing."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ from nnunet_dyn.errors import JobError
 from nnunet_dyn.planning import derived_architecture
 from nnunet_dyn.plans_templates import load_template
 from nnunet_dyn.trainers import roi_cascade
-from nnunet_dyn.trainers.roi_cascade import GateDatasetBlosc2
+from nnunet_dyn.trainers.roi_cascade import GateDatasetBlosc2, boxes_of_case
 
 NAME = "nnUNetTrainerROICascade_5epochs_2iters"
 CASES = ("case_0", "case_1", "case_2")
@@ -169,6 +170,21 @@ class TestDetector:
         assert found.margin == {"1": (0, 0, 0), "2": (0, 1, 0)} and found.coverage == {"1": 1.0, "2": 1.0}
         assert trainer.module.margin[1:].tolist() == [[0, 0, 0], [0, 1, 0]]
         assert trainer.module.score_threshold[1:].tolist() == pytest.approx([0.5, 0.1])
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_the_scores_that_are_tried_are_not_kept(self, make, monkeypatch, fails):
+        trainer = make("3d_detect")
+        trainer.initialize()
+        network, tried = trainer.module.eval(), []
+        network.score_threshold.copy_(torch.tensor([0.1, 0.2, 0.7]))
+        read = (lambda *_: 1 / 0) if fails else network.read
+        monkeypatch.setattr(
+            network, "read", lambda *given: tried.append(network.score_threshold.tolist()) or read(*given)
+        )
+        with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+            boxes_of_case(network, torch.randn(1, 12, 12, 12), (12, 12, 12), (0.5, 0.25))
+        assert tried == [[0.5] * 3, [0.25] * 3][: 1 if fails else 2]
+        assert network.score_threshold.tolist() == pytest.approx([0.1, 0.2, 0.7])
 
     def test_a_failed_calibration_leaves_safe_boxes(self, make, monkeypatch):
         trainer = make("3d_detect")
