@@ -406,10 +406,10 @@ class BoxEvidence:
                     {label: (threshold, self._margin(label, threshold, least, cases, badness))}
                     for cases in (self._cases, *([case for case in self._cases if case not in part] for part in parts))
                 )
-                if len(self._cases) < enough and label not in self._unseen(labels):
-                    found, *of_parts = map(self._with_slack, (found, *of_parts))
                 of_all = self._held(found)
                 judged = left_out(of_parts) if parts else of_all
+                if len(self._cases) < enough and label not in self._unseen(labels):  # slack is not to be used up here
+                    found, *of_parts = map(self._with_slack, (found, *of_parts))
                 order = (*badness(of_all), *badness(judged), self._voxels(found), -threshold)
                 candidates.append((order, found, of_parts))
             return min(candidates, key=lambda candidate: candidate[0])[1:]
