@@ -378,7 +378,7 @@ class Networks:
         )
         for one in (self.stock, self.detector):
             one.engine.load(0)
-        self.copies = len(self.stock._mirrored_axes())
+        self.copies = len(self.stock.mirrored_axes())
         tiles = {one: torch.zeros(1, 1, *one.configuration_manager.patch_size) for one in (self.stock, self.detector)}
         self.stock_macs = self.copies * count_operations(self.stock.network, tiles[self.stock].shape).total
         self.detector_macs = count_operations(self.detector.network, tiles[self.detector].shape).total

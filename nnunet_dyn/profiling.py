@@ -15,7 +15,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from io import StringIO
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,8 +40,9 @@ PATHS = (
     "Paths of networks that decide what they compute, deciding included. MACs are those that run, at whatever width; "
     "a pass decides and then does what the path says, or on images what was decided. The mean over images is what is "
     "predicted, not mirrored and with the decisions of the trained network, per tile of the sliding window, also where "
-    "tiles lie on regions (ROI cascade, its segmentor alone); its seconds are relative to the median of some passes of "
-    "the first row's network (--rounds an image) between the tiles."
+    "tiles lie on regions (ROI cascade, its segmentor alone: its seconds are of deciding on them and of their crops); "
+    "its seconds are relative to the median of some passes of the first row's network (--rounds an image) between the "
+    "tiles."
 )
 
 
@@ -261,7 +262,12 @@ def profile_images(
     noise = torch.randn((1, stock.channels, *stock.patch_size), device=device)
 
     def follow(x):
-        return network.execute(x, network.decide(x))[1][0]
+        decisions = network.decide(x)
+        if predictor.gated is None:
+            return network.execute(x, decisions)[1][0]
+        for box in decisions[0].boxes:  # as they are predicted, without what is around them in a tile
+            network.restore(network.segment_crops(network.cut(x[0], box)[None])[0], box)
+        return decisions[0]
 
     macs, by_bits, seconds, stock_seconds, shares, window = [], [], [], [], Counter(), 0
     for number, files in enumerate(cases, 1):
@@ -273,15 +279,17 @@ def profile_images(
         timed = {round(at * last / max(1, rounds - 1)) for at in range(rounds)}
         if rounds and number == 1:
             timed_pass(static, noise, device)
-            for tile in islice(predictor.tiles(data), 1):
-                timed_pass(follow, tile[None].to(device), device)
         for index, tile in zip_longest(range(last + 1), predictor.tiles(data)):
             if index in timed:
                 stock_seconds.append(timed_pass(static, noise, device)[0])
             if tile is None:  # nothing is predicted of this image
                 continue
+            if rounds and not seconds:
+                timed_pass(follow, tile[None].to(device), device)
             spent, decision = timed_pass(follow, tile[None].to(device), device)
             seconds.append(spent)
+            if predictor.gated is not None:  # counting a crop of a new size takes long
+                decision = network.counted(decision)
             macs.append(network.operations(decision, patch))
             by_bits.append(decision.cost)
             shares[decision.action] += 1

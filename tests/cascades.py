@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import models
@@ -43,20 +43,44 @@ def give_every_class(network):
         parameter *= 10
 
 
+def lattice(shape: Sequence[int], first: Sequence[int] = (0, 0, 0)) -> np.ndarray:
+    """Every second cube of four voxels a side, so that every crop has as many bright voxels as dark ones."""
+    return (((np.indices(shape) + np.reshape(first, (-1, 1, 1, 1))) // 4).sum(0) % 2).astype(bool)
+
+
+def segment_the_lattice(network):
+    """Train a segmentor for a few seconds to give what is bright the first label, wherever a crop begins and ends."""
+    rng, optimizer = np.random.default_rng(0), torch.optim.Adam(network.network.parameters(), 5e-3)
+    network.decoder.deep_supervision = False
+    for _ in range(60):
+        size = rng.choice([8, 16], 3)
+        target = np.stack([lattice(size, rng.integers(0, 8, 3)) for _ in range(2)])
+        x = rng.normal(0, 0.2, target.shape) + 5 * target
+        logits = network.network(torch.from_numpy((x - x.mean()) / x.std()).float()[:, None])
+        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(target).long())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 def write_cascade(
-    results: Path, template: str = "roi_cascade", patch_size: Sequence[int] = (16, 16, 16), **options
+    results: Path,
+    template: str = "roi_cascade",
+    patch_size: Sequence[int] = (16, 16, 16),
+    prepare: Callable = give_every_class,
+    **options,
 ) -> Path:
     """The model folders of both stages in ``results``; that of the segmentor. Their data have folders of their own.
 
     Args:
-        patch_size: of the segmentor.
+        patch_size, prepare: of the segmentor.
     """
     detector, segmentor = (results / name for name in ROI_NAMES)
     common = {"trainer": TRAINER, "template": template} | options
     models.write_model(detector, part="3d_detect", spacing=(2, 2, 2), mirroring=None, patch_size=(16, 24, 24),
                        prepare=find_the_cube, **common)  # fmt: skip
     models.write_model(segmentor, part="3d_roi", previous_stage="3d_detect", mirroring=(2,),
-                       patch_size=patch_size, prepare=give_every_class, **common)  # fmt: skip
+                       patch_size=patch_size, prepare=prepare, **common)  # fmt: skip
     plans = json.loads((detector / "plans.json").read_text())
     plans["configurations"]["3d_detect"]["data_identifier"] = "nnUNetDynPlans_3d_detect"
     (detector / "plans.json").write_text(json.dumps(plans))

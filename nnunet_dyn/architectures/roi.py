@@ -17,7 +17,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 from scipy import ndimage
+from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 from torch import nn
 
 from nnunet_dyn.accounting import count_operations
@@ -156,7 +158,7 @@ def component_boxes(components: np.ndarray, corner: Sequence[int]) -> list[Box]:
 def merge(boxes: Sequence[Box], gap: int = 0) -> list[Box]:
     """The bounding boxes of groups of ``boxes`` that overlap or have at most ``gap`` voxels between them.
 
-    Of more than :data:`SPECKLE` boxes those that touch are merged, too: every two are compared, which takes long.
+    Of more than :data:`SPECKLE` boxes those that touch are merged, too, which takes less.
     """
     if len(boxes) > SPECKLE:
         filled = np.zeros(np.array(boxes).max((0, 2)), bool)
@@ -164,17 +166,53 @@ def merge(boxes: Sequence[Box], gap: int = 0) -> list[Box]:
             filled[tuple(slice(start, stop) for start, stop in box)] = True
         boxes = component_boxes(*connected_targets(filled))
     while len(boxes) > 1:
-        start, stop = np.array(boxes).transpose(2, 0, 1)
+        ends = np.array(boxes)
+        start, stop = ends[np.argsort(ends[:, 0, 0], kind="stable")].transpose(2, 0, 1)
         # Without a gap, boxes that only touch stay apart.
-        is_near = (start[:, None] < stop[None] + gap + (gap > 0)).all(2)
-        count, group = connected_components(is_near & is_near.T, directed=False)
+        reach = stop + gap + (gap > 0)
+        # Box by box, since a matrix of all pairs would not fit into memory: those behind that begin before it ends.
+        behind = np.searchsorted(start[:, 0], reach[:, 0])
+        near = [
+            np.flatnonzero(((start[i + 1 : end] < reach[i]) & (start[i] < reach[i + 1 : end])).all(1)) + i + 1
+            for i, end in enumerate(behind)
+        ]
+        pairs = np.repeat(np.arange(len(boxes)), list(map(len, near))), np.concatenate(near)
+        graph = coo_array((np.ones(len(pairs[0]), bool), pairs), (len(boxes), len(boxes)))
+        count, group = connected_components(graph, directed=False)
         if count == len(boxes):
             break
-        boxes = [
-            tuple(zip(start[group == one].min(0).tolist(), stop[group == one].max(0).tolist(), strict=True))
-            for one in range(count)
-        ]
+        first, last = (np.full((count, ends.shape[1]), fill) for fill in (ends.max(), 0))
+        np.minimum.at(first, group, start)
+        np.maximum.at(last, group, stop)
+        boxes = _as_boxes(first, last)
     return list(boxes)
+
+
+def merge_nearest(boxes: Sequence[Box], most: int) -> list[Box]:
+    """``boxes``, of which near ones are one until there are at most ``most``: as few are merged as must be.
+
+    In each round every box proposes to the one whose middle is nearest, and the pairs with the smallest joint boxes
+    are merged.
+    """
+    while len(boxes) > most:
+        ends = np.array(boxes)
+        start, stop = ends[..., 0], ends[..., 1]
+        _, nearest = cKDTree(start + stop).query(start + stop, 2)
+        own = np.arange(len(boxes))
+        other = np.where(nearest[:, 0] == own, nearest[:, 1], nearest[:, 0])  # of equal middles either may come first
+        first, last = np.minimum(start, start[other]), np.maximum(stop, stop[other])
+        is_left, kept = np.ones(len(boxes), bool), []
+        for i in np.argsort((last - first).prod(1), kind="stable"):
+            if is_left[i] and is_left[other[i]] and len(boxes) - len(kept) > most:
+                is_left[[i, other[i]]] = False
+                kept.append(i)
+        boxes = [*(box for box, left in zip(boxes, is_left, strict=True) if left), *_as_boxes(first[kept], last[kept])]
+    return list(boxes)
+
+
+def _as_boxes(start: np.ndarray, stop: np.ndarray) -> list[Box]:
+    """From (boxes, axes) each."""
+    return [tuple(map(tuple, ends)) for ends in np.stack((start, stop), 2).tolist()]
 
 
 def enlarge(box: Box, margin: int | Sequence[int], shape: Sequence[int]) -> Box:

@@ -45,6 +45,7 @@ from nnunet_dyn.architectures.roi import (
     enlarge,
     intersection,
     merge,
+    merge_nearest,
     mirrored_box,
     volume,
 )
@@ -56,8 +57,10 @@ Size = tuple[int, ...]
 _DEEPEST = 2
 #: Crops are run one by one if together they have less than this share of the voxels of the crop that holds them all.
 _CLEARLY_SMALLER = 0.8
-#: So many targets in one tile are speckle, which one crop serves as well; merging takes the cube of their number.
+#: So many targets in one tile are speckle, which one crop serves as well.
 _MOST_TARGETS = 32
+#: So many boxes in one image are speckle, too. Each has a tile of its own, which takes milliseconds before it is run.
+_MOST_REGIONS = 512
 
 #: Logit of the background where no crop lies.
 _BACKGROUND = 8.0
@@ -76,18 +79,30 @@ def join(boxes: Sequence[Box], voxels: Callable[[Box], int]) -> list[Box]:
     """``boxes``, those of them as one that together would not be clearly smaller than their joint one.
 
     Args:
-        voxels: what segmenting a box takes.
+        voxels: what segmenting a box takes, no fewer than the box has.
     """
 
-    def belong_together(group: Sequence[Box]) -> bool:
-        return sum(map(voxels, group)) >= _CLEARLY_SMALLER * voxels(_joint(group))
-
-    boxes = list(boxes)
-    while pair := next((pair for pair in combinations(boxes, 2) if belong_together(pair)), None):
-        for box in pair:
-            boxes.remove(box)
-        boxes.append(_joint(pair))
-    return boxes if len(boxes) < 2 or not belong_together(boxes) else [_joint(boxes)]
+    found: dict[Box, int] = {}  # in order
+    for box in boxes:
+        taken = voxels(box)
+        while found:
+            ends, own = np.array(list(found)), np.array(box)
+            joint = (np.maximum(ends[..., 1], own[:, 1]) - np.minimum(ends[..., 0], own[:, 0])).prod(1)
+            # Segmenting a box takes its own voxels at least, so that most pairs are too far apart at sight.
+            is_near = np.array(list(found.values())) + taken >= _CLEARLY_SMALLER * joint
+            near = (tuple(map(tuple, ends[place].tolist())) for place in np.flatnonzero(is_near))
+            for other in near:
+                together = voxels(_joint((other, box)))
+                if found[other] + taken >= _CLEARLY_SMALLER * together:
+                    box, taken = _joint((other, box)), together
+                    del found[other]
+                    break
+            else:
+                break
+        found[box] = taken
+    if len(found) > 1 and sum(found.values()) >= _CLEARLY_SMALLER * voxels(_joint(list(found))):
+        return [_joint(list(found))]
+    return list(found)
 
 
 def _gate_boxes(gate: Iterable[np.ndarray]) -> list[Box]:
@@ -355,8 +370,7 @@ class ROISegmentor(nn.Module):
     ) -> list[tuple[Box, Box]]:
         """The boxes of an image's gate, each of which is best segmented in tiles of its own.
 
-        Those are one that would not be clearly smaller apart, as in a tile. Of more than a tile may have targets, near
-        ones are one, ever farther apart until there are no more.
+        Those are one that would not be clearly smaller apart, as in a tile. Of very many the nearest are one.
 
         Args:
             gate: its channels, ``(*shape)``.
@@ -365,9 +379,7 @@ class ROISegmentor(nn.Module):
         Returns:
             Each box, and what is segmented for it: the box and its margin.
         """
-        boxes, gap = _gate_boxes(gate), 0
-        while len(boxes) > _MOST_TARGETS:
-            boxes, gap = merge(boxes, gap), max(1, 2 * gap)
+        boxes = merge_nearest(_gate_boxes(gate), _MOST_REGIONS)
 
         def with_margin(box: Box) -> Box:
             return enlarge(box, self.margin, shape)

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -65,12 +66,16 @@ def crops_of(
     cases: Cases,
     names: Sequence[str],
     tiles: Callable[[torch.Tensor], Iterable[torch.Tensor]],
+    copies: Sequence[tuple[int, ...]],
     folder: Path,
 ) -> Crops:
     """The crops of ``network`` in the tiles of the cases ``names``, kept in ``folder``.
 
+    Of a case with few crops mirrored copies are kept, too, as prediction runs them.
+
     Args:
         tiles: those of a case's input, (C, *shape), in prediction.
+        copies: axes of (C, *shape) to flip for each, the first ones none.
     """
     made = Crops()
     for name in names:
@@ -78,7 +83,8 @@ def crops_of(
         for tile in tiles(cases.load(name)[0]):
             found += [network.cut(tile, box) for box in network.decide(tile[None])[0].boxes]
         made.sizes.update(tuple(crop.shape[1:]) for crop in found)
-        for crop in found[:: max(1, -(-len(found) // _CROPS))]:
+        some = found[:: max(1, -(-len(found) // _CROPS))]
+        for crop in islice((crop.flip(axes) for axes in copies for crop in some), _CROPS):
             variant = network.variant(tuple(crop.shape[1:]))
             made.of_variant.setdefault(variant, Arrays(folder)).add(crop[None].numpy())
     return made

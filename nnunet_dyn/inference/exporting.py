@@ -270,8 +270,8 @@ def _write_deciding(
         crops = Crops()
         with scratch(folder) as seen:
             if names:
-                tiles = predictor_of(model, TorchEngine(network, None, torch.device("cpu"), "fp32")).tiles
-                crops = crops_of(network, cases, names, tiles, seen)
+                predictor = predictor_of(model, TorchEngine(network, None, torch.device("cpu"), "fp32"))
+                crops = crops_of(network, cases, names, predictor.tiles, predictor.mirrored_axes(), seen)
             written = write_segmentor(
                 network, crops, options.engine, options.precision, shape, folder, name, options.threads
             )

@@ -65,6 +65,8 @@ DECIDED_VOXELS = 2**20
 DECISIONS = "decisions"
 #: Of a cascade that segments nothing else than what the first stage has found.
 NOTHING_FOUND = "The first stage found nothing in the image, so nothing was segmented."
+#: The same, where a box of a voxel or so was lost when it was resampled, or lay where the image is zero.
+NOTHING_LEFT = "Nothing was left of what the first stage found once it was preprocessed, so nothing was segmented."
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ class Predictor(nnUNetPredictor):
     folds: tuple[int | str, ...] = ()
     first_stage: Predictor | None = None
     decided: tuple[tuple[TileDecision, ...], ...] = ()
+    _keeps_tiles: bool = False
+    _kept_tiles: list[RegionTile] | None = None
 
     @classmethod
     def from_folder(
@@ -315,7 +319,7 @@ class Predictor(nnUNetPredictor):
             (classes, *shape) in half precision on the CPU.
         """
         logits, self.decided = None, ()
-        with self._threads():
+        with self._threads(), self._tiles_kept():
             for fold in range(self.engine.folds):
                 self.engine.load(fold)
                 of_fold = self.predict_sliding_window_return_logits(data).to("cpu")
@@ -336,7 +340,7 @@ class Predictor(nnUNetPredictor):
 
         Of regions nothing is left out, wherever their tiles lie.
         """
-        if self._gated is not None:
+        if self.gated is not None:
             return
         patch = tuple(self.configuration_manager.patch_size)
         padded = [max(size, side) for size, side in zip(shape[-len(patch) :], patch, strict=True)]
@@ -384,7 +388,7 @@ class Predictor(nnUNetPredictor):
         device = self.device if do_on_device else torch.device("cpu")
         self._decided: list[tuple[tuple, Decision, float]] = []
         try:
-            if self._gated is not None:
+            if self.gated is not None:
                 return self._predict_regions(data.to(device))
             return self._predict_window(data.to(device), slicers)
         except RuntimeError as error:
@@ -417,7 +421,7 @@ class Predictor(nnUNetPredictor):
         return tqdm(total=total, disable=None if self.allow_tqdm else True, leave=False, unit=unit)
 
     @property
-    def _gated(self) -> GatedNetwork | None:
+    def gated(self) -> GatedNetwork | None:
         """The network, if tiles lie on the regions that its gate asks for. Slices have nnU-Net's."""
         return self.engine.gated if len(self.configuration_manager.patch_size) == 3 else None
 
@@ -426,10 +430,12 @@ class Predictor(nnUNetPredictor):
 
         Mirrored copies are those of the crops, and averaged before the tile has them.
         """
-        network, copies, tiles = self._gated, self._mirrored_axes(), self._region_tiles(data)
+        network, copies, tiles = self.gated, self.mirrored_axes(), self._region_tiles(data)
+        if self._keeps_tiles:
+            self._kept_tiles = tiles
         self._decided = [(tile.slicer, tile.decision, len(copies) * tile.decision.cost) for tile in tiles]
         crops = crops_of_tiles(network, tiles)
-        total = RegionLogits(crops, network.background_logits, tuple(data.shape[1:]), self._gaussian(data.device))
+        total = RegionLogits(crops, network.background_logits, tuple(data.shape[1:]), self.use_gaussian, data.device)
         alike: dict[tuple[int, ...], list[Crop]] = {}
         for crop in crops:
             alike.setdefault(crop.size, []).append(crop)
@@ -447,12 +453,23 @@ class Predictor(nnUNetPredictor):
         return total.mean()
 
     def _region_tiles(self, data: torch.Tensor) -> list[RegionTile]:
+        if self._kept_tiles is not None:
+            return self._kept_tiles
         patch = tuple(self.configuration_manager.patch_size)
-        return region_tiles(self._gated, data, patch, self.tile_step_size)
+        return region_tiles(self.gated, data, patch, self.tile_step_size)
+
+    @contextmanager
+    def _tiles_kept(self) -> Iterator[None]:
+        """For the folds of one image: its tiles, and what they cost, do not depend on weights."""
+        self._keeps_tiles = True
+        try:
+            yield
+        finally:
+            self._keeps_tiles, self._kept_tiles = False, None
 
     def _predict_tiles(self, data: torch.Tensor, slicers: list[tuple]) -> Iterator[tuple[tuple, torch.Tensor]]:
         """Each slicer with its tile's (classes, *patch) logits, in order."""
-        copies = self._mirrored_axes()
+        copies = self.mirrored_axes()
         voxels = math.prod(self.configuration_manager.patch_size)
         batch = max(1, BATCH_VOXELS // voxels)
         together = max(1, batch // len(copies))
@@ -474,7 +491,7 @@ class Predictor(nnUNetPredictor):
                 yield slicer, logits
             constant = {key: known[key] for key in [key for key in known if isinstance(key, tuple)][-CONSTANT_TILES:]}
 
-    def _mirrored_axes(self) -> list[tuple[int, ...]]:
+    def mirrored_axes(self) -> list[tuple[int, ...]]:
         """Axes of (C, *patch) to flip for each copy of a tile, in nnU-Net's order; no axis for the tile itself."""
         allowed = [axis + 1 for axis in (self.allowed_mirroring_axes or ()) if self.use_mirroring]
         return [axes for n in range(len(allowed) + 1) for axes in itertools.combinations(allowed, n)]
@@ -603,14 +620,17 @@ class Predictor(nnUNetPredictor):
         before = None
         if previous_stage is None and self.first_stage is not None:
             previous_stage, before = self._segment_first(image[0], properties, seconds)
-        is_empty = previous_stage is not None and not (previous_stage > 0).any()
+        channels, warning = len(image[0]), ()
+        has_found = previous_stage is not None and bool((previous_stage > 0).any())
         with _timed(seconds, "preprocess"):
             data, properties = self.preprocess(image, properties, previous_stage)
+        if previous_stage is not None and not (data[channels:] > 0.5).any():
+            warning = (NOTHING_LEFT if has_found else NOTHING_FOUND,)
         with _timed(seconds, "network"):
             logits = self.predict_logits_from_preprocessed_data(data)
         decisions = self._case_decisions(tuple(data.shape[1:]), properties)
         if decisions is not None:
-            decisions = replace(decisions, warnings=(NOTHING_FOUND,) * is_empty, first_stage=before)
+            decisions = replace(decisions, warnings=warning, first_stage=before)
         with _timed(seconds, "export"), self._threads():
             if picture is not None:
                 plot_decisions(data[0].numpy(), self._labels(logits), decisions, picture)
@@ -667,8 +687,8 @@ class Predictor(nnUNetPredictor):
         Of a network that segments regions those are the tiles on them, each with the gate of one region.
         """
         data, _ = pad_nd_image(data, self.configuration_manager.patch_size, "constant", {"value": 0}, True, None)
-        if self._gated is not None:
-            yield from (seen_in(tile, self._gated, data) for tile in self._region_tiles(data))
+        if self.gated is not None:
+            yield from (seen_in(tile, self.gated, data) for tile in self._region_tiles(data))
             return
         for slicer in self._internal_get_sliding_window_slicers(data.shape[1:]):
             yield data[slicer]
@@ -685,7 +705,7 @@ class Predictor(nnUNetPredictor):
             tuple(int(properties["shape_before_cropping"][axis]) for axis in self.plans_manager.transpose_backward),
             tuple((int(start), int(stop)) for start, stop in cropped),
             tuple(forward),
-            len(self._mirrored_axes()),
+            len(self.mirrored_axes()),
             paths[EVERYTHING_ON].cost,
             self.window(shape),
         )

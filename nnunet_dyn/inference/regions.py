@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 
 from nnunet_dyn.architectures.roi import Box, box_size, box_slices, intersection, merge, shifted
 
@@ -31,7 +32,8 @@ class RegionTile:
 
     Attributes:
         box: where it lies.
-        region: the box, without margin, that it is for: what the gate has outside of it has tiles of its own.
+        region: the box, without margin, that it is for. The network decides on all that the gate has inside of it,
+            which may be a part of another region, too; what the gate has outside of it has tiles of its own.
         decision: what is done with the tile, in its voxels, and what that costs.
     """
 
@@ -141,37 +143,47 @@ def crops_of_tiles(network: GatedNetwork, tiles: Sequence[RegionTile]) -> list[C
 class RegionLogits:
     """The logits of an image: where crops lie, their mean, weighted as nnU-Net weights tiles; elsewhere background.
 
-    As in nnU-Net they are added up in half precision. Where crops of one tile or of two regions overlap, that counts
-    which has its target there, or else of one tile the last.
+    Weights are a Gaussian over each crop, so that of two that overlap the one counts more that has the voxel in its
+    middle. Where crops of one tile or of two regions overlap, that counts which has its target there, or else of one
+    tile the last.
+
+    Sums and weights are in single precision: near the corners of a tile, which in nnU-Net are those of the image and
+    here lie anywhere, a weight in half precision would leave too few digits.
 
     Args:
         crops: all that will be added.
         background: (classes,) logits.
         shape: of the image.
-        weights: (*patch), half precision, of the voxels of a tile.
+        use_gaussian: otherwise all voxels of a crop weigh the same.
     """
 
-    def __init__(self, crops: Sequence[Crop], background: torch.Tensor, shape: Size, weights: torch.Tensor):
-        self.crops, self.background, self.of_tile = crops, background.tolist(), weights
-        values = background.to(weights).view(-1, *(1,) * len(shape))
-        self.logits = values.repeat(1, *shape)
-        # Nothing is done to the rest of the image, which may be large.
-        self.weights = {box: weights.new_zeros(box_size(box)) for box in merge([crop.box for crop in crops])}
-        for box in self.weights:
-            self.logits[_slicer(box)] = 0
+    def __init__(
+        self,
+        crops: Sequence[Crop],
+        background: torch.Tensor,
+        shape: Size,
+        use_gaussian: bool = True,
+        device: torch.device | str = "cpu",
+    ):
+        self.crops, self.background, self.shape = crops, background.tolist(), shape
+        self.use_gaussian, self.device = use_gaussian, device
+        # Nothing is kept for the rest of the image, which may be large.
+        self.boxes = merge([crop.box for crop in crops])
+        self.sums = [torch.zeros((len(background), *box_size(box)), device=device) for box in self.boxes]
+        self.weights = [torch.zeros(box_size(box), device=device) for box in self.boxes]
 
     def add(self, crop: Crop, logits: torch.Tensor) -> None:
         """Add (classes, *size) logits of ``crop``, at the size of its box."""
-        weight = self._weight(crop)
-        self.logits[_slicer(crop.box)] += logits.to(weight.device) * weight
-        box = next(box for box in self.weights if intersection(box, crop.box))
-        self.weights[box][box_slices(_seen_from(crop.box, box))] += weight
+        (place,) = _that_meet(crop.box, self.boxes)
+        weight = self._weight(crop).to(self.device)
+        self.sums[place][_slicer(crop.box, self.boxes[place])] += logits.to(weight) * weight
+        self.weights[place][box_slices(_seen_from(crop.box, self.boxes[place]))] += weight
 
     def _weight(self, crop: Crop) -> torch.Tensor:
         """Of each voxel of ``crop``; 0 where another one counts."""
-        weight = self.of_tile[box_slices(_seen_from(crop.box, crop.tile.box))]
-        others = [other for other in self.crops if other is not crop and intersection(other.box, crop.box)]
-        if not others:
+        weight = _gaussian(box_size(crop.box)) if self.use_gaussian else torch.ones(box_size(crop.box))
+        near = [self.crops[place] for place in _that_meet(crop.box, [other.box for other in self.crops])]
+        if len(near) == 1:
             return weight
         counts = torch.ones_like(weight, dtype=torch.bool)
 
@@ -179,10 +191,10 @@ class RegionLogits:
             if (inside := intersection(box, crop.box)) is not None:
                 counts[box_slices(_seen_from(inside, crop.box))] = value
 
-        of_tile = [other for other in self.crops if other.tile is crop.tile]
+        of_tile = [other for other in near if other.tile is crop.tile]
         for later in of_tile[of_tile.index(crop) + 1 :]:
             set_counts(later.box, False)
-        for other in others:
+        for other in near:
             if other.tile.region != crop.tile.region:
                 set_counts(other.target, False)
         for other in of_tile:
@@ -190,8 +202,25 @@ class RegionLogits:
         return weight * counts
 
     def mean(self) -> torch.Tensor:
-        """(classes, *shape), once all crops are added."""
-        for box, weight in self.weights.items():
-            for of_class, background in zip(self.logits[_slicer(box)], self.background, strict=True):
-                of_class.div_(weight).masked_fill_(weight == 0, background)
-        return self.logits
+        """(classes, *shape) in half precision, once all crops are added."""
+        values = torch.tensor(self.background, dtype=torch.half, device=self.device)
+        logits = values.view(-1, *(1,) * len(self.shape)).repeat(1, *self.shape)
+        for box, sums, weight in zip(self.boxes, self.sums, self.weights, strict=True):
+            for into, of_class, background in zip(logits[_slicer(box)], sums, self.background, strict=True):
+                into.copy_(of_class.div_(weight).masked_fill_(weight == 0, background))
+        return logits
+
+
+def _that_meet(box: Box, others: Sequence[Box]) -> list[int]:
+    """Which of ``others`` have voxels of ``box``."""
+    start, stop = np.array(others).transpose(2, 0, 1)
+    first, last = np.array(box).T
+    return np.flatnonzero(((start < last) & (first < stop)).all(1)).tolist()
+
+
+def _gaussian(size: Size) -> torch.Tensor:
+    """(*size) single precision: nnU-Net's weights of a tile, as the product of those along each axis."""
+    weight = torch.ones(())
+    for side in size:
+        weight = weight[..., None] * compute_gaussian((side,), 1 / 8, dtype=torch.float32, device=torch.device("cpu"))
+    return weight

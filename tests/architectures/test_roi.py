@@ -1,5 +1,8 @@
 """Boxes: of a segmentation, rendered as logits, and read back."""
 
+import tracemalloc
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from nnunet_dyn.architectures.roi import (
     label_boxes,
     mask_boxes,
     merge,
+    merge_nearest,
     read_boxes,
     render_boxes,
     volume,
@@ -153,6 +157,52 @@ def test_speckle_is_merged_soon():
     near = [((2 * i, 2 * i + 2), (0, 1)) for i in range(SPECKLE + 1)]
     assert merge([*near, ((0, 1), (40, 50))]) == [((0, 2 * SPECKLE + 2), (0, 1)), ((0, 1), (40, 50))]
     assert len(merge(near[:SPECKLE])) == SPECKLE
+
+
+@pytest.mark.parametrize(("gap", "side"), [(0, 60), (2, 80)])
+def test_many_boxes_are_merged_as_by_a_look_at_each_pair(gap, side):
+    rng = np.random.default_rng(0)
+    start, size = rng.integers(0, side, (150, 3)), rng.integers(1, 7, (150, 3))
+    boxes = [tuple(zip(*pair, strict=True)) for pair in zip(start.tolist(), (start + size).tolist(), strict=True)]
+
+    def is_near(a, b):
+        reach = gap + (gap > 0)
+        return all(c < f + reach and e < d + reach for (c, d), (e, f) in zip(a, b, strict=True))
+
+    expected = list(boxes)
+    while pair := next((pair for pair in combinations(expected, 2) if is_near(*pair)), None):
+        for box in pair:
+            expected.remove(box)
+        expected.append(tuple((min(a, c), max(b, d)) for (a, b), (c, d) in zip(*pair, strict=True)))
+    assert 10 < len(expected) < 150 and sorted(merge(boxes, gap)) == sorted(expected)
+
+
+def test_thousands_of_boxes_do_not_take_the_square_of_their_number():
+    places = np.random.default_rng(0).choice(128**3, 5000, replace=False)
+    boxes = [tuple((int(a), int(a) + 1) for a in place) for place in np.stack(np.unravel_index(places, (128,) * 3), 1)]
+    tracemalloc.start()
+    try:
+        merged = merge(boxes)
+        nearest = merge_nearest(boxes, 512)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 4500 < len(merged) <= 5000 and len(nearest) == 512
+    assert most < 40 * 2**20, "a matrix of all pairs would be 75 MB"
+    inside = np.zeros((128,) * 3, bool)
+    for box in nearest:
+        inside[tuple(slice(*axis) for axis in box)] = True
+    assert inside.flat[places].all()
+
+
+def test_no_more_are_merged_than_must_be():
+    boxes = [((100 * i, 100 * i + 10), (0, 10)) for i in range(5)] + [((5, 9), (12, 14)), ((204, 206), (3, 20))]
+    assert merge_nearest(boxes, 7) == boxes
+    assert sorted(merge_nearest(boxes, 6)) == sorted([*boxes[1:5], boxes[6], ((0, 10), (0, 14))])
+    assert sorted(merge_nearest(boxes, 5)) == sorted(
+        [*boxes[1:2], *boxes[3:5], ((0, 10), (0, 14)), ((200, 210), (0, 20))]
+    )
+    assert merge_nearest([boxes[0]] * 3, 1) == [boxes[0]] and merge_nearest([], 1) == []
 
 
 def test_enlarged_boxes_stay_inside():

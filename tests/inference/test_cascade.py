@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from cascades import ROI_NAMES, bright_cubes, write_cascade
+from cascades import ROI_NAMES, TRAINER, bright_cubes, lattice, segment_the_lattice, write_cascade
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from scipy import ndimage
 
@@ -16,7 +16,7 @@ from nnunet_dyn import cli
 from nnunet_dyn.errors import UsageError
 from nnunet_dyn.inference import Predictor
 from nnunet_dyn.inference.model_folder import first_stage_folder
-from nnunet_dyn.inference.predictor import NOTHING_FOUND
+from nnunet_dyn.inference.predictor import NOTHING_FOUND, NOTHING_LEFT
 
 SPACING = (1.2, 1.0, 0.9)
 NAMES = ["nnUNetTrainer__nnUNetPlans__3d_lowres", "nnUNetTrainer__nnUNetPlans__3d_cascade_fullres"]
@@ -176,18 +176,28 @@ def test_what_is_outside_of_every_box_costs_nothing(roi_results):
     assert detected == predicted.decisions.first_stage.everything_macs > 0
 
 
-def test_the_predictor_is_nnunets_for_both_stages(wide, tmp_path):
-    """Without mirroring, since nnU-Net's predictor decides for each copy anew, whose crops may lie elsewhere; and where
-    one tile holds the image, since nnU-Net's others do not lie on regions."""
-    roi_results = write_cascade(tmp_path / "results", patch_size=(24, 32, 44)).parent
-    for name, before in zip(ROI_NAMES, (None, str(tmp_path / "3d_detect")), strict=True):
+def by_nnunet(results, images, folder, stages=("3d_detect", "3d_roi")) -> np.ndarray:
+    """The labels of the one case by nnU-Net's own predictor, without mirroring, of ``stages`` in turn.
+
+    With mirroring it decides for each copy anew, whose crops may lie elsewhere.
+    """
+    for stage in stages:
+        name, before = f"{TRAINER}__nnUNetDynPlans__{stage}", str(folder / "3d_detect") if stage == "3d_roi" else None
         stock = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False, allow_tqdm=False)
-        stock.initialize_from_trained_model_folder(str(roi_results / name), (0,))
-        out = tmp_path / name.rpartition("__")[2]
+        stock.initialize_from_trained_model_folder(str(results / name), (0,))
+        out = folder / stage
         out.mkdir()
-        stock.predict_from_files_sequential(str(wide), str(out), folder_with_segs_from_prev_stage=before)
+        stock.predict_from_files_sequential(str(images), str(out), folder_with_segs_from_prev_stage=before)
+    (found,) = labels(out).values()
+    return found
+
+
+def test_the_predictor_is_nnunets_for_both_stages(wide, tmp_path):
+    """Where one tile holds the image, since nnU-Net's others do not lie on regions."""
+    roi_results = write_cascade(tmp_path / "results", patch_size=(24, 32, 44)).parent
+    theirs = by_nnunet(roi_results, wide, tmp_path)
     assert predict(roi_results / ROI_NAMES[1], wide, tmp_path / "ours", "-f", 0, "--disable_tta") == 0
-    (ours,), (theirs,) = (labels(tmp_path / name).values() for name in ("ours", "3d_roi"))
+    (ours,) = labels(tmp_path / "ours").values()
     assert (ours == theirs).mean() >= 0.9999 and len(np.unique(theirs)) > 2
 
 
@@ -210,6 +220,48 @@ def test_where_nothing_is_detected_there_is_a_warning(roi_results, wide, tmp_pat
     ] == [NOTHING_FOUND]
     assert all(tile["boxes"] == [] for tile in saved["first_stage"]["folds"][0]["decisions"])
     assert not labels(tmp_path / "out")["case_0.nii.gz"].any()
+
+
+@pytest.mark.parametrize("reason", ["resampling", "nonzero"])
+def test_where_preprocessing_leaves_nothing_there_is_a_warning(roi_results, reason):
+    """A box of one voxel is lost between those of the plans, and one where the image is zero is cut off."""
+    predictor = Predictor.from_folder(roi_results / ROI_NAMES[1], [0], device="cpu")
+    array, spacing = bright_cubes(), (1, 1, 1)
+    found = np.zeros(array.shape[1:], np.uint8)
+    if reason == "resampling":
+        found[11, 16, 21], spacing = 1, (0.4, 0.4, 0.4)
+    else:
+        array[:, :, :, 30:], found[4:9, 4:9, 35:40] = 0, 1
+    predicted = predictor.predict(array, spacing, previous_stage=found)
+    assert not predicted.segmentation.any() and predicted.decisions.tiles == ()
+    assert predicted.decisions.warnings == (NOTHING_LEFT,) and predicted.decisions.review
+    found[2:20, 2:20, 2:20] = 1
+    assert predictor.predict(array, spacing, previous_stage=found).decisions.warnings == ()
+
+
+def test_several_tiles_agree_with_nnunets(tmp_path):
+    """Of a box larger than a tile, and of one apart. nnU-Net's own predictor has other tiles, in which some are cut
+    off: not the same, but much alike."""
+    array = np.random.default_rng(0).normal(0, 0.2, (1, 24, 32, 44)).astype(np.float32)
+    array[0] += 5 * lattice(array.shape[1:])
+    boxes = np.zeros(array.shape[1:], np.uint8)
+    boxes[3:21, 5:29, 4:20] = boxes[12:20, 10:20, 30:40] = 1
+    images = models.write_cases(tmp_path / "images", {"case_0": array})
+    (tmp_path / "3d_detect").mkdir()
+    sitk.WriteImage(sitk.GetImageFromArray(boxes), str(tmp_path / "3d_detect" / "case_0.nii.gz"))
+    results = write_cascade(tmp_path / "results", prepare=segment_the_lattice).parent
+    theirs = by_nnunet(results, images, tmp_path, ["3d_roi"])
+    flags = ("-f", 0, "--disable_tta", "--save-decisions", "-prev_stage_predictions", tmp_path / "3d_detect")
+    assert predict(results / ROI_NAMES[1], images, tmp_path / "ours", *flags) == 0
+    (ours,) = labels(tmp_path / "ours").values()
+    saved = json.loads((tmp_path / "ours" / "decisions" / "case_0.json").read_text())
+    ours, theirs, target = ours == 1, theirs == 1, (array[0] > 2) & (boxes > 0)
+
+    def dice(a, b):
+        return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+    assert len(saved["folds"][0]["decisions"]) > 3
+    assert dice(ours, theirs) > 0.65 and dice(ours, target) >= dice(theirs, target)
 
 
 def test_profiling_images_counts_what_is_predicted_to_nnunets_tiles(roi_results, wide, tmp_path, capsys):

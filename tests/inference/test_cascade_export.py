@@ -242,7 +242,8 @@ def test_lower_precision(segmentors, converted, tmp_path, monkeypatch, network, 
     assert not any(path.name.startswith((".", "tmp")) for path in folder.rglob("*")), "nothing else is left"
     if precision == "int8":
         assert outer["calibration"]["fold_0"]["cases"] == ["case_0", "case_1"]
-        assert outer["calibration"]["fold_0"]["patches"] == 4  # of two regions in each of two cases
+        # Of two regions in each of two cases, both as they are and mirrored along the one axis that is allowed.
+        assert outer["calibration"]["fold_0"]["patches"] == 8
     else:
         assert outer["calibration"] == {}
     assert inner["calibration"] == {}
