@@ -192,7 +192,7 @@ def test_a_network_that_decides_along_stated_paths(tmp_path, capsys):
     assert stock["paths"] == []
     everything, skipped = ours["paths"]
     assert [path["path"] for path in ours["paths"]] == ["everything on", "everything skipped"]
-    assert everything["macs"] > 100 * skipped["macs"] > 0  # the policy alone
+    assert everything["macs"] > 50 * skipped["macs"] > 0  # the policy alone
     assert everything["macs"] == everything["macs_by_bits"] == pytest.approx(ours["macs"], rel=0.01)
     assert skipped["ratios"]["macs"] == pytest.approx(skipped["macs"] / stock["macs"], abs=1e-4)
     assert everything["seconds"] > skipped["seconds"] > 0 and everything["seconds"] == ours["seconds"]
