@@ -45,6 +45,7 @@ _REVIEW = 0.5
 
 Size = tuple[int, int]
 Box = tuple[Size, Size]
+Run = Callable[..., torch.Tensor]
 
 
 # --- what can be chosen ------------------------------------------------------------------------------------------
@@ -307,6 +308,23 @@ def restore_at(x: torch.Tensor, corner: torch.Tensor, full: Size) -> torch.Tenso
     return rows.unsqueeze(1).transpose(2, 3) @ x @ columns.unsqueeze(1)
 
 
+def at_whole_voxels(sample: Run, x: torch.Tensor, corner: torch.Tensor, size: Size) -> torch.Tensor:
+    """:func:`crop_at` or :func:`restore_at` at the nearest whole voxels, with the corner's gradient of where it is.
+
+    Inference cuts whole voxels, and bilinear sampling between them smooths: a network that is trained on smoothed crops
+    alone errs on others.
+    """
+    at_nearest = sample(x, corner.detach().round(), size)
+    if not corner.requires_grad:
+        return at_nearest
+    moved = sample(x.detach(), corner, size)
+    return at_nearest + (moved - moved.detach())
+
+
+def _restore_at_whole_voxels(x: torch.Tensor, corner: torch.Tensor, full: Size) -> torch.Tensor:
+    return at_whole_voxels(restore_at, x, corner, full)
+
+
 def corner_around(centre: torch.Tensor, size: Sequence[int], full: Sequence[int]) -> torch.Tensor:
     """First row and column, not rounded, of crops of ``size`` in slices of ``full`` voxels.
 
@@ -429,8 +447,6 @@ def straight_through(probabilities: torch.Tensor) -> torch.Tensor:
 
 
 # --- the network -------------------------------------------------------------------------------------------------
-
-Run = Callable[..., torch.Tensor]
 
 
 class MedDANetV2(nn.Module):
@@ -865,8 +881,8 @@ class MedDANetV2(nn.Module):
                 corner = self._corners(place, size, patch) if centres is None else corner_around(centres, size, patch)
                 corners.append(corner)
                 deciding += position_macs
-                restore = partial(restore_at, full=patch)
-                logits.append(self._segment(crop_at(x, corner, size), at_width, restore, corner))
+                cut = at_whole_voxels(crop_at, x, corner, size)
+                logits.append(self._segment(cut, at_width, partial(_restore_at_whole_voxels, full=patch), corner))
             macs = torch.tensor(self.stage_macs(patch, size), dtype=torch.float64)
             weights = (macs / unit / FULL_PRECISION).to(x.device, torch.float32)
             costs.append(torch.stack(at_width.widths, 1) @ weights + deciding / unit)
@@ -880,8 +896,8 @@ class MedDANetV2(nn.Module):
             if option == "whole":
                 logits.append(self._segment(x, _Mixture(self, len(x), quantised=True)))
             elif option != "skip":
-                cut = crop_at(x, places, crop_size(option, patch, self.divisor))
-                restore = partial(restore_at, full=patch)
+                cut = at_whole_voxels(crop_at, x, places, crop_size(option, patch, self.divisor))
+                restore = partial(_restore_at_whole_voxels, full=patch)
                 logits.append(self._segment(cut, _Mixture(self, len(x), quantised=True), restore, places))
         return logits
 

@@ -23,6 +23,7 @@ from nnunet_dyn.architectures.med_danet import (
     ModifiedUNet,
     Phase,
     TransBTS2D,
+    at_whole_voxels,
     corner_around,
     crop_at,
     crop_size,
@@ -602,6 +603,22 @@ def test_gradients_reach_the_position_network_through_the_crop_and_its_restorati
     assert all(p.grad is not None for p in network.position.parameters())
     last = network.position.where[0] if guidance else network.position.fc
     assert last.weight.grad.abs().sum() > 0
+
+
+def test_training_crops_whole_voxels_as_inference_does_with_the_gradient_of_the_place():
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 2, 12, 14), torch.randn(1, 2, 5, 6)
+    corner = torch.tensor([[2.7, 3.2]], requires_grad=True)
+    cut = at_whole_voxels(crop_at, x, corner, (5, 6))
+    assert torch.allclose(cut, x[..., 3:8, 3:9], atol=1e-6)
+    (given,) = torch.autograd.grad((cut * weight).sum(), corner)
+    (expected,) = torch.autograd.grad((crop_at(x, corner, (5, 6)) * weight).sum(), corner)
+    assert torch.allclose(given, expected)
+    features = torch.randn(1, 2, 5, 6, requires_grad=True)
+    restored = at_whole_voxels(restore_at, features, corner, (12, 14))
+    assert torch.allclose(restored[..., 3:8, 3:9], features, atol=1e-6) and restored[..., :3, :].abs().max() < 1e-6
+    restored[..., 3, 3].sum().backward()
+    assert torch.equal(features.grad[..., 0, 0], torch.ones(1, 2)) and corner.grad.abs().sum() > 0
 
 
 def test_a_middle_beyond_what_a_crop_reaches_still_gets_a_gradient():
