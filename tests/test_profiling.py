@@ -193,8 +193,9 @@ def test_a_network_that_decides_along_stated_paths(tmp_path, capsys):
     everything, skipped = ours["paths"]
     assert [path["path"] for path in ours["paths"]] == ["everything on", "everything skipped"]
     assert everything["macs"] > 50 * skipped["macs"] > 0  # the policy alone
-    # A whole slice has no place for a crop to be looked for.
-    assert everything["macs"] == everything["macs_by_bits"] == pytest.approx(ours["macs"], rel=0.02)
+    # A whole slice has no place for a crop to be looked for, by a network about as large as the policy.
+    assert everything["macs"] == everything["macs_by_bits"]
+    assert everything["macs"] + skipped["macs"] == pytest.approx(ours["macs"], rel=0.005)
     assert skipped["ratios"]["macs"] == pytest.approx(skipped["macs"] / stock["macs"], abs=1e-4)
     assert everything["seconds"] > skipped["seconds"] > 0 and everything["seconds"] == ours["seconds"]
     printed = capsys.readouterr().out

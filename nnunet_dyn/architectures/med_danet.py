@@ -321,10 +321,6 @@ def at_whole_voxels(sample: Run, x: torch.Tensor, corner: torch.Tensor, size: Si
     return at_nearest + (moved - moved.detach())
 
 
-def _restore_at_whole_voxels(x: torch.Tensor, corner: torch.Tensor, full: Size) -> torch.Tensor:
-    return at_whole_voxels(restore_at, x, corner, full)
-
-
 def corner_around(centre: torch.Tensor, size: Sequence[int], full: Sequence[int]) -> torch.Tensor:
     """First row and column, not rounded, of crops of ``size`` in slices of ``full`` voxels.
 
@@ -370,8 +366,8 @@ class GuidedShuffleNet(ShuffleNetV2):
     def with_maps(self, view: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """``(B, C, H, W)`` → what :meth:`forward` returns, and logits ``(B, 1, H', W')`` of foreground in each cell,
         the finest first; without guidance there are none."""
-        *finer, last = self._features(view)
-        return self.fc(last.mean((2, 3))), self._maps([*finer, last])
+        features = self._features(view)
+        return self.fc(features[-1].mean((2, 3))), self._maps(features)
 
     def _features(self, view: torch.Tensor) -> list[torch.Tensor]:
         eighth = self.stage2(self.maxpool(self.conv1(view)))
@@ -416,7 +412,7 @@ class PositionNetwork(GuidedShuffleNet):
 
 
 def _start_with_background(convolution: nn.Conv2d) -> None:
-    """Foreground is rare; and by He's rule the highest of many cells would speak for it from the start."""
+    """Little foreground everywhere, since it is rare."""
     nn.init.normal_(convolution.weight, std=0.02)
     nn.init.constant_(convolution.bias, -2.0)
 
@@ -882,7 +878,8 @@ class MedDANetV2(nn.Module):
                 corners.append(corner)
                 deciding += position_macs
                 cut = at_whole_voxels(crop_at, x, corner, size)
-                logits.append(self._segment(cut, at_width, partial(_restore_at_whole_voxels, full=patch), corner))
+                restore = partial(at_whole_voxels, restore_at, size=patch)
+                logits.append(self._segment(cut, at_width, restore, corner))
             macs = torch.tensor(self.stage_macs(patch, size), dtype=torch.float64)
             weights = (macs / unit / FULL_PRECISION).to(x.device, torch.float32)
             costs.append(torch.stack(at_width.widths, 1) @ weights + deciding / unit)
@@ -897,7 +894,7 @@ class MedDANetV2(nn.Module):
                 logits.append(self._segment(x, _Mixture(self, len(x), quantised=True)))
             elif option != "skip":
                 cut = at_whole_voxels(crop_at, x, places, crop_size(option, patch, self.divisor))
-                restore = partial(_restore_at_whole_voxels, full=patch)
+                restore = partial(at_whole_voxels, restore_at, size=patch)
                 logits.append(self._segment(cut, _Mixture(self, len(x), quantised=True), restore, places))
         return logits
 
