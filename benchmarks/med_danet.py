@@ -2,8 +2,8 @@
 
 Everything goes through the commands of nnU-Net and of this package, in ``folder``: data are generated (or taken from
 ``--dataset``), planned and preprocessed, each row is trained on fold 0, held-out cases are predicted and evaluated.
-What is done already is not done again, so a folder is for one set of arguments. The rows that decide take the schedule
-``guided`` (docs/med_danet.md) for five times the epochs: all rows segment equally often. Example:
+What is done already is not done again, so a folder is for one set of arguments. All rows take the schedule ``guided``
+(docs/med_danet.md), those that decide for five times the epochs: all segment equally often and at the same rate. Example:
 
     python benchmarks/med_danet.py work --output benchmarks/results/med_danet.json
 """
@@ -29,12 +29,13 @@ from nnunet_dyn.trainers.med_danet import mean_costs
 #: Options of the rows of Table 3a: –, S, Q, S+Q.
 ROWS = {
     "static": {"policy_space": ["whole"], "bits": [32]},
-    "spatial": {"bits": [32], "schedule": "guided"},
+    "spatial": {"bits": [32]},
     "quantised": {"policy_space": ["whole"]},
-    "both": {"schedule": "guided"},
+    "both": {},
 }
-#: By schedule: a fifth of the guided epochs segment, so that all rows segment equally often.
-LONGER = {"guided": 5}
+SCHEDULE = {"schedule": "guided"}
+#: A fifth of the epochs of those that decide segment, so that all rows segment equally often.
+LONGER = {"spatial": 5, "both": 5}
 PLANS = "nnUNetDynPlans"
 
 
@@ -56,7 +57,7 @@ def prepare(args: argparse.Namespace) -> str:
         template = json.loads(base.read_text())
         crop = {"policy_space": ["skip", args.crop, "whole"]}
         for row, options in ROWS.items():
-            template["arch_kwargs"]["med_danet"] = crop | options
+            template["arch_kwargs"]["med_danet"] = crop | SCHEDULE | options
             template["configuration"] = {"batch_size": args.batch}
             (raw / f"{row}.json").write_text(json.dumps(template))
         templates = [raw / f"{row}.json" for row in ROWS]
@@ -66,7 +67,7 @@ def prepare(args: argparse.Namespace) -> str:
 
 def train(name: str, row: str, args: argparse.Namespace) -> Path:
     """Train one row on fold 0 and return the model folder."""
-    epochs = args.epochs * LONGER.get(ROWS[row].get("schedule"), 1)
+    epochs = args.epochs * LONGER.get(row, 1)
     return studies.train(name, f"2d_{row}", f"nnUNetTrainerMedDANetV2_{epochs}epochs_{args.iterations}iters", PLANS)
 
 

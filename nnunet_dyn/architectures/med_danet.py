@@ -98,9 +98,9 @@ SCHEDULES: dict[str, tuple[Phase, ...]] = {
     ),
     "guided": (
         Phase("deciding", 0.80, frozenset({"policy", "position"}), False, False, False, segments=False, rate=15.0),
-        Phase("full precision", 0.12, frozenset({"segmentation", "policy", "position"}), False, False, True),
-        Phase("bits", 0.04, frozenset({"segmentation", "position", "selectors"}), False, True, True),
-        Phase("everything", 0.04, frozenset(PARTS), False, True, True),
+        Phase("full precision", 0.12, frozenset({"segmentation", "policy", "position"}), False, False, True, rate=5.0),
+        Phase("bits", 0.04, frozenset({"segmentation", "position", "selectors"}), False, True, True, rate=5.0),
+        Phase("everything", 0.04, frozenset(PARTS), False, True, True, rate=5.0),
     ),
 }
 

@@ -241,6 +241,8 @@ def test_each_parts_learning_rate_rises_and_falls_over_its_own_epochs(prepared):
     guided.lr_scheduler.step(30)
     policy, position = (3e-3 * (1 - 30 / own) ** 0.9 for own in (77, 80))
     assert [group["lr"] for group in guided.optimizer.param_groups] == pytest.approx([0, policy, position, 0])
+    guided.lr_scheduler.step(70)  # the seventh of its sixteen that segment
+    assert guided.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * (1 - 6 / 16) ** 0.9)
     trainer.lr_scheduler.step(-1)  # PyTorch's way to say "the next one"
     assert trainer.optimizer.param_groups[0]["lr"] == rates["segmentation"][trainer.lr_scheduler.ctr - 1]
 
