@@ -257,6 +257,26 @@ def test_lower_precision(segmentors, converted, tmp_path, monkeypatch, network, 
         assert (expected.segmentation != got.segmentation).any()
 
 
+def test_what_loses_too_much_after_every_attempt_is_not_written(segmentors, converted, tmp_path, monkeypatch, capsys):
+    """Without a search, whose candidates are all alike."""
+    asked, made = [], {}
+
+    def quantise(plain, inputs, score, max_drop, *options):
+        if score is not None:
+            asked.append(max_drop)
+        else:
+            made[id(plain)] = conversion.quantise(plain, inputs, None, 0.0, *options)
+        return made[id(plain)]
+
+    monkeypatch.setattr("nnunet_dyn.inference.parts.quantise", quantise)
+    flags = ["--max-dice-drop", 0.001, "--calibration-cases", 1]
+    assert export(*segmentors["stages"], tmp_path / "new" / "exported", "openvino", "int8", *flags) == 1
+    shown = capsys.readouterr().err
+    assert "putting the layers back" in shown and "expected 0.001 at most. Nothing was written" in shown
+    assert asked == [pytest.approx(share * 2 * asked[0]) for share in (1 / 2, 1 / 4, 1 / 8)] and asked[0] > 0
+    assert not any((tmp_path / "new").iterdir())
+
+
 def test_layers_of_onnx_are_known_where_the_file_has_no_shapes(exported):
     import onnx
 
