@@ -101,10 +101,11 @@ def convert_detector(network: DetectorNetwork, engine: str, shape: Size, name: s
         JobError: the layers cannot be converted.
     """
     network = deepcopy(network).eval()
-    layers = _Raw(network, [])
+    layers = _DetectorLayers(network, [])
     with torch.inference_mode(False), torch.no_grad():
-        layers.names = list(network.raw(torch.zeros(shape)))
-    part = Part(f"{name}{ENDINGS[engine]}", convert(layers, engine, shape))
+        x = network.prepare(torch.zeros(shape))
+        layers.names = list(network.layers(x))
+    part = Part(f"{name}{ENDINGS[engine]}", convert(layers, engine, x.shape))
     content = {"parts": [{"variant": [], "file": part.file}], "outputs": layers.names}
     return Parts(name, (part,), content, _rest(network))
 
@@ -140,15 +141,15 @@ def convert_segmentor(
     return Parts(name, tuple(models), {"parts": parts, "sizes": sizes}, _rest(network))
 
 
-class _Raw(nn.Module):
-    """A detector's layers: the values of what ``raw`` returns, in the order of ``names``."""
+class _DetectorLayers(nn.Module):
+    """The values of what a detector's ``layers`` returns, in the order of ``names``."""
 
     def __init__(self, network: DetectorNetwork, names: list[str]):
         super().__init__()
         self.network, self.names = network, names
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = self.network.raw(x)
+        found = self.network.layers(x)
         return tuple(found[name] for name in self.names)
 
 
@@ -298,15 +299,15 @@ def _of_onnxruntime(file: Path, engine: CascadeEngine) -> Make:
 
 
 def _attach_detector(network: DetectorNetwork, models: _Models, content: _Content, shape: Size) -> None:
-    in_torch = network.raw
+    in_torch = network.layers
 
-    def raw(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def layers(x: torch.Tensor) -> dict[str, torch.Tensor]:
         if x.is_meta:  # counts
             return in_torch(x)
-        return dict(zip(content.outputs, _by_row(layers, x), strict=True))
+        return dict(zip(content.outputs, _by_row(run, x), strict=True))
 
-    layers = models.prepare(())
-    network.raw = raw
+    run = models.prepare(())
+    network.layers = layers
 
 
 def _attach_segmentor(network: ROISegmentor, models: _Models, content: _Content, shape: Size) -> None:

@@ -22,7 +22,6 @@ from torch import nn
 
 from nnunet_dyn import __version__
 from nnunet_dyn.architectures.roi import DetectorNetwork
-from nnunet_dyn.architectures.roi_detectors import LowResDetector
 from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
 from nnunet_dyn.decisions import DecidingNetwork
 from nnunet_dyn.errors import JobError, NotFiniteError, UsageError
@@ -173,7 +172,6 @@ class _FirstStage:
                 "Train it, or copy its model folder."
             )
         first = load_model(beside, chosen, checkpoint)
-        _check_detector(first.network)
         return cls(first, chosen, _cases(first, beside, options))
 
     def which(self, fold: int | str) -> list[int | str]:
@@ -208,20 +206,10 @@ def _put(temporary: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_detector(network: nn.Module) -> None:
-    """Refuse others than the default detector: on the tri-plane detector OpenVINO 2026.4 crashes the process."""
-    if not isinstance(network, LowResDetector):
-        raise UsageError(
-            f"Got a {type(network).__name__} as detector; expected LowResDetector, the default of the cascade, which "
-            "is the only one that can be exported. Predict with --engine torch."
-        )
-
-
 def _check_decides(network: nn.Module, options: ExportOptions) -> None:
     if not isinstance(network, DecidingNetwork) or isinstance(network, ROISegmentor):
         return
     if isinstance(network, DetectorNetwork):
-        _check_detector(network)
         if options.precision != "fp32":
             raise UsageError(
                 f"Got {options.precision} for a detector; expected fp32, in which its score and margin were calibrated "
