@@ -131,6 +131,19 @@ def _let_every_class_win(network: torch.nn.Module, patch_size: Sequence[int], ch
             head.bias *= 3 / logits.std()
 
 
+@torch.no_grad()
+def lose_in_int8(encoder: torch.nn.Module) -> None:
+    """Let the second convolution of a plain encoder lose everything in int8 and nothing in floating point.
+
+    One of the channels that it gets is so much larger than the others, and its weights so much smaller, that one range
+    holds neither.
+    """
+    first, second = encoder.stages[0][0].convs[:2]
+    first.norm.weight[0] *= 2**16
+    first.norm.bias[0] *= 2**16
+    second.conv.weight[:, 0] /= 2**16
+
+
 def write_deciding_model(folder: Path, tiles: torch.Tensor, **options) -> Path:
     """A folder of Med-DANet V2 whose untrained policy skips a third of ``tiles``, crops a third, and has every class.
 

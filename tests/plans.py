@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -98,3 +99,15 @@ def encoder(variant="b0", input_channels=1, options=None, **plan) -> EfficientNe
     keys = ("n_stages", "conv_op", "kernel_sizes", "strides", "norm_op", "norm_op_kwargs")
     arguments = {key: kwargs[key] for key in keys} | (options or {})
     return EfficientNetEncoder(input_channels, variant, **arguments).eval()
+
+
+def narrow_resnet(name, weights, norm_layer) -> nn.Module:
+    """What of a ResNet is used, in a hundredth of the time."""
+    assert name == "resnet18" and weights is None
+    blocks = {"stem": nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 1))}
+    for level, width in enumerate((16, 32, 64, 128), 1):
+        convolution = nn.Conv2d(max(16, width // 2), width, 3, 2 if level < 4 else 1, 1)
+        blocks[f"layer{level}"] = nn.Sequential(convolution, norm_layer(width), nn.ReLU())
+    made = nn.Sequential(OrderedDict(blocks))
+    made.inplanes = 128
+    return made

@@ -487,9 +487,17 @@ class DetectorNetwork(nn.Module, ABC):
                 self._counts[patch] = count_operations(self, (1, self.input_channels, *patch)).total
         return self._counts[patch]
 
-    @abstractmethod
-    def raw(self, x: torch.Tensor) -> dict:
+    def raw(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the layers say of ``x: (B, input_channels, *patch)``, for :meth:`loss`."""
+        return self.layers(self.prepare(x))
+
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        """What :meth:`layers` gets for ``x: (B, input_channels, *patch)``; nothing is learnt here."""
+        return x
+
+    @abstractmethod
+    def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """:meth:`raw` of what :meth:`prepare` returned, which may be converted for another engine."""
 
     @abstractmethod
     def loss(self, outputs: dict, target: torch.Tensor) -> torch.Tensor:

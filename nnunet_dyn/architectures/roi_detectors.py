@@ -144,7 +144,7 @@ class LowResDetector(DetectorNetwork):
                 total += np.int64(channels * prod(size))
         return total
 
-    def raw(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """``x: (B, input_channels, *patch)`` → ``mask``, logits ``(B, num_classes, *patch)``, and ``sides``, distances
         in voxels from each coarse voxel's middle to the box's sides, ``(B, num_classes, 2, axes, *coarse)``."""
         fine, maps = self.stem(x), []

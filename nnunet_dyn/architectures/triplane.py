@@ -353,12 +353,16 @@ class TriPlaneDetector(DetectorNetwork):
         """
         self._masks = target
 
-    def raw(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``x: (B, input_channels, *patch)`` → ``boxes``, shares of the volume, ``(B, 3 planes, num_classes, 2 axes,
-        2)``, and ``present``, logits ``(B, 3 planes, num_classes)``."""
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        """``x: (B, input_channels, *patch)`` → :meth:`slices`, ``(B, 3 planes, C or 4 C, size, size)``."""
+        return torch.stack(self.slices(x), 1)
+
+    def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``x`` of :meth:`prepare` → ``boxes``, shares of the volume, ``(B, 3 planes, num_classes, 2 axes, 2)``, and
+        ``present``, logits ``(B, 3 planes, num_classes)``."""
         masks, self._masks = self._masks, None
         found = []
-        for axis, (plane, view) in enumerate(zip(self.planes, self.slices(x), strict=True)):
+        for axis, (plane, view) in enumerate(zip(self.planes, x.unbind(1), strict=True)):
             shown = None
             if masks is not None and self.training:
                 shown = self._shown(masks, axis).to(view.dtype)

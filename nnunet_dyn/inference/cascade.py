@@ -28,9 +28,9 @@ from torch import nn
 from nnunet_dyn.architectures.roi import DetectorNetwork
 from nnunet_dyn.architectures.roi_segmentor import ROISegmentor, Size
 from nnunet_dyn.errors import JobError
-from nnunet_dyn.inference.conversion import ENDINGS, Arrays, convert, quantise, save
+from nnunet_dyn.inference.conversion import ENDINGS, Arrays, convert
 from nnunet_dyn.inference.engines import TorchEngine
-from nnunet_dyn.inference.parts import load_rest, reading, weights_of, write_list
+from nnunet_dyn.inference.parts import Part, Parts, load_rest, reading, weights_of
 from nnunet_dyn.inference.preprocessed import Cases
 
 # Of each calibration case, as many as patches of other networks.
@@ -90,76 +90,66 @@ def crops_of(
     return made
 
 
-def write_detector(network: DetectorNetwork, engine: str, shape: Size, folder: Path, name: str) -> str:
-    """Write the layers of ``network`` and what else it has learnt; the name of the file that lists them.
+def convert_detector(network: DetectorNetwork, engine: str, shape: Size, name: str) -> Parts:
+    """The layers of ``network`` and what else it has learnt.
 
     Args:
         shape: (1, C, *patch).
         name: of the fold, which the files start with.
 
     Raises:
-        JobError: the layers cannot be converted, or not written.
+        JobError: the layers cannot be converted.
     """
     network = deepcopy(network).eval()
-    layers = _Raw(network, [])
+    layers = _DetectorLayers(network, [])
     with torch.inference_mode(False), torch.no_grad():
-        layers.names = list(network.raw(torch.zeros(shape)))
-    model = convert(layers, engine, shape)
-    file = f"{name}{ENDINGS[engine]}"
-    save(model, folder / file)
-    content = {"parts": [{"variant": [], "file": file}], "outputs": layers.names}
-    return write_list(folder, name, content, _rest(network))
+        x = network.prepare(torch.zeros(shape))
+        layers.names = list(network.layers(x))
+    part = Part(f"{name}{ENDINGS[engine]}", convert(layers, engine, x.shape))
+    content = {"parts": [{"variant": [], "file": part.file}], "outputs": layers.names}
+    return Parts(name, (part,), content, _rest(network))
 
 
-def write_segmentor(
-    network: ROISegmentor,
-    crops: Crops,
-    engine: str,
-    precision: str,
-    shape: Size,
-    folder: Path,
-    name: str,
-    threads: int | None = None,
-) -> str:
-    """Write the network of ``network`` in all its variants; the name of the file that lists them.
+def convert_segmentor(
+    network: ROISegmentor, crops: Crops, engine: str, precision: str, shape: Size, name: str
+) -> Parts:
+    """The network of ``network`` in all its variants, and what else it has learnt.
 
     In int8 a variant that no crop is of keeps its precision, for there is nothing to take the ranges from.
 
     Args:
         shape: (1, C, *patch).
-        crops, name: as of :func:`crops_of` and of :func:`write_detector`.
+        crops, name: as of :func:`crops_of` and of :func:`convert_detector`.
 
     Raises:
-        JobError: the network cannot be converted, or not written; int8 without any crop.
+        JobError: the network cannot be converted; int8 without any crop.
     """
     if precision == "int8" and not crops.sizes:
         raise JobError(
             "The detector found nothing in the calibration cases; expected boxes, whose contents int8 takes its ranges "
             "from. Take more with --calibration-cases, or train the detector longer."
         )
-    parts = []
+    models, parts = [], []
     network.decoder.deep_supervision = False
     for number, (variant, (size, multiples)) in enumerate(network.variants(shape[2:]).items()):
         one = _Variant(deepcopy(network.network), variant if network.mode == "own" else ())
         model = convert(one, engine, (1, network.image_channels, *size), multiples=multiples)
-        if precision == "int8" and variant in crops.of_variant:
-            model = quantise(model, crops.of_variant[variant], threads=threads)
-        file = f"{name}.{number}{ENDINGS[engine]}"
-        save(model, folder / file)
-        parts.append({"variant": variant, "file": file})
+        inputs = crops.of_variant.get(variant, ()) if precision == "int8" else ()
+        models.append(Part(f"{name}.{number}{ENDINGS[engine]}", model, inputs))
+        parts.append({"variant": variant, "file": models[-1].file})
     sizes = [size for size, _ in crops.sizes.most_common(_SIZES)] if network.mode == "own" else []
-    return write_list(folder, name, {"parts": parts, "sizes": sizes}, _rest(network))
+    return Parts(name, tuple(models), {"parts": parts, "sizes": sizes}, _rest(network))
 
 
-class _Raw(nn.Module):
-    """A detector's layers: the values of what ``raw`` returns, in the order of ``names``."""
+class _DetectorLayers(nn.Module):
+    """The values of what a detector's ``layers`` returns, in the order of ``names``."""
 
     def __init__(self, network: DetectorNetwork, names: list[str]):
         super().__init__()
         self.network, self.names = network, names
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = self.network.raw(x)
+        found = self.network.layers(x)
         return tuple(found[name] for name in self.names)
 
 
@@ -217,7 +207,7 @@ class CascadeEngine(TorchEngine):
 
     Args:
         network: as the plans have it; its weights do not matter.
-        files: of each fold, what :func:`write_detector` or :func:`write_segmentor` returned.
+        files: of each fold, what :meth:`Parts.write` returned.
         engine: ``openvino`` or ``onnxruntime``.
         shape: (1, C, *patch).
 
@@ -309,15 +299,15 @@ def _of_onnxruntime(file: Path, engine: CascadeEngine) -> Make:
 
 
 def _attach_detector(network: DetectorNetwork, models: _Models, content: _Content, shape: Size) -> None:
-    in_torch = network.raw
+    in_torch = network.layers
 
-    def raw(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def layers(x: torch.Tensor) -> dict[str, torch.Tensor]:
         if x.is_meta:  # counts
             return in_torch(x)
-        return dict(zip(content.outputs, _by_row(layers, x), strict=True))
+        return dict(zip(content.outputs, _by_row(run, x), strict=True))
 
-    layers = models.prepare(())
-    network.raw = raw
+    run = models.prepare(())
+    network.layers = layers
 
 
 def _attach_segmentor(network: ROISegmentor, models: _Models, content: _Content, shape: Size) -> None:

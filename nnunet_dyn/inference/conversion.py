@@ -71,7 +71,9 @@ def _to_openvino(
 ) -> openvino.Model:
     import openvino
 
-    program = program.run_decompositions({torch.ops.aten.instance_norm.default: _instance_norm})
+    program = program.run_decompositions(
+        {torch.ops.aten.instance_norm.default: _instance_norm, torch.ops.aten.group_norm.default: _group_norm}
+    )
     shapes = [[*x.shape[:2], *[-1] * (x.ndim - 2)] if any_sides else list(x.shape) for x in inputs]
     return openvino.convert_model(program, input=[openvino.PartialShape(shape) for shape in shapes])
 
@@ -97,6 +99,21 @@ def _instance_norm(
     centred = x - x.mean(axes, keepdim=True)
     normal = centred / torch.sqrt((centred * centred).mean(axes, keepdim=True) + eps)
     affine = (1, -1) + (1,) * len(axes)
+    return normal if weight is None else normal * weight.reshape(affine) + bias.reshape(affine)
+
+
+def _group_norm(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> torch.Tensor:
+    """Group normalisation by the same form: on OpenVINO's own operation, added to the one before it as in a ResNet,
+    version 2026.4 crashes the process when it compiles the model."""
+    grouped = _instance_norm(x.reshape(x.shape[0], groups, -1), None, None, None, None, True, 0.0, eps, cudnn_enabled)
+    normal, affine = grouped.reshape(x.shape), (1, -1) + (1,) * (x.dim() - 2)
     return normal if weight is None else normal * weight.reshape(affine) + bias.reshape(affine)
 
 

@@ -22,12 +22,11 @@ from torch import nn
 
 from nnunet_dyn import __version__
 from nnunet_dyn.architectures.roi import DetectorNetwork
-from nnunet_dyn.architectures.roi_detectors import LowResDetector
 from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
 from nnunet_dyn.decisions import DecidingNetwork
 from nnunet_dyn.errors import JobError, NotFiniteError, UsageError
-from nnunet_dyn.inference.cascade import CascadeEngine, Crops, crops_of, write_detector, write_segmentor
-from nnunet_dyn.inference.conversion import ENDINGS, convert, quantise, runner, save, scratch, writing
+from nnunet_dyn.inference.cascade import CascadeEngine, Crops, convert_detector, convert_segmentor, crops_of
+from nnunet_dyn.inference.conversion import ENDINGS, convert, runner, scratch, writing
 from nnunet_dyn.inference.engines import MANIFEST, Engine, TorchEngine, check_engine, check_installed
 from nnunet_dyn.inference.exported import FIRST_STAGE, Manifest, engine_of, is_exported, load_exported, sha256
 from nnunet_dyn.inference.model_folder import (
@@ -38,6 +37,7 @@ from nnunet_dyn.inference.model_folder import (
     load_model,
     same_or_all,
 )
+from nnunet_dyn.inference.parts import Part, Parts, Run
 from nnunet_dyn.inference.predictor import Predictor
 from nnunet_dyn.inference.preprocessed import Cases, Patches, dice, mean, spread
 
@@ -45,9 +45,9 @@ from nnunet_dyn.inference.preprocessed import Cases, Patches, dice, mean, spread
 PACKAGES = ("nnunetv2", "torch", "openvino", "nncf", "onnx", "onnxruntime")
 # Of each calibration case. Ranges are those of the widest values seen, which more patches of a case seldom change.
 _PATCHES = 4
-# The patches that layers are put back on; each of them runs once for every candidate.
-_PATCHES_FOR_FALLBACK = 8
-# How much of the disagreement with the original on these patches may stay, tried one after the other.
+# What layers are put back on, patches, crops or slices; each of them runs once for every candidate.
+_SAMPLES_FOR_FALLBACK = 8
+# How much of the disagreement with the original on these may stay, tried one after the other.
 _FALLBACK = (1 / 2, 1 / 4, 1 / 8)
 
 
@@ -172,7 +172,6 @@ class _FirstStage:
                 "Train it, or copy its model folder."
             )
         first = load_model(beside, chosen, checkpoint)
-        _check_detector(first.network)
         return cls(first, chosen, _cases(first, beside, options))
 
     def which(self, fold: int | str) -> list[int | str]:
@@ -207,20 +206,10 @@ def _put(temporary: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_detector(network: nn.Module) -> None:
-    """Refuse others than the default detector: on the tri-plane detector OpenVINO 2026.4 crashes the process."""
-    if not isinstance(network, LowResDetector):
-        raise UsageError(
-            f"Got a {type(network).__name__} as detector; expected LowResDetector, the default of the cascade, which "
-            "is the only one that can be exported. Predict with --engine torch."
-        )
-
-
 def _check_decides(network: nn.Module, options: ExportOptions) -> None:
     if not isinstance(network, DecidingNetwork) or isinstance(network, ROISegmentor):
         return
     if isinstance(network, DetectorNetwork):
-        _check_detector(network)
         if options.precision != "fp32":
             raise UsageError(
                 f"Got {options.precision} for a detector; expected fp32, in which its score and margin were calibrated "
@@ -254,52 +243,54 @@ def _engine(model: Model, path: Path, options: ExportOptions) -> Engine:
     return StagesEngine(deepcopy(model.network), [path], model.input_shape[2:], options.threads)
 
 
-def _write_deciding(
+def _convert(
     model: Model, cases: Cases | None, names: list[str], options: ExportOptions, folder: Path, name: str
-) -> tuple[str, int]:
-    """Write what decides, its layers converted, of the fold ``name``.
+) -> tuple[Parts, int]:
+    """The network of ``model`` as it is, and how many inputs int8 takes its ranges from.
 
     Args:
         names: training cases; none where ``cases`` is ``None``.
-
-    Returns:
-        The name of the file that lists the others, and how many inputs int8 was calibrated on.
+        folder: for these inputs, as long as the result is used.
+        name: of the fold.
     """
     network, shape, is_int8 = model.network, model.input_shape, options.precision == "int8"
     if isinstance(network, ROISegmentor):
         crops = Crops()
-        with scratch(folder) as seen:
-            if names:
-                predictor = predictor_of(model, TorchEngine(network, None, torch.device("cpu"), "fp32"))
-                crops = crops_of(network, cases, names, predictor.tiles, predictor.mirrored_axes(), seen)
-            written = write_segmentor(
-                network, crops, options.engine, options.precision, shape, folder, name, options.threads
-            )
-        return written, len(crops) if is_int8 else 0
+        if names:
+            predictor = predictor_of(model, TorchEngine(network, None, torch.device("cpu"), "fp32"))
+            crops = crops_of(network, cases, names, predictor.tiles, predictor.mirrored_axes(), folder)
+        parts = convert_segmentor(network, crops, options.engine, options.precision, shape, name)
+        return parts, len(crops) if is_int8 else 0
     if isinstance(network, DetectorNetwork):
-        return write_detector(network, options.engine, shape, folder, name), 0
-    patches = Patches(cases, tuple(names), _PATCHES * len(names))
-    from nnunet_dyn.inference.stages import write_stages
+        return convert_detector(network, options.engine, shape, name), 0
+    patches = Patches(cases, tuple(names), _PATCHES * len(names)) if is_int8 else ()
+    if isinstance(network, DecidingNetwork):
+        from nnunet_dyn.inference.stages import convert_stages
 
-    return write_stages(network, patches, folder, name, options.threads), len(patches)
+        return convert_stages(network, patches, name, folder), len(patches)
+    plain = convert(deepcopy(network), options.engine, shape)
+    return Parts(name, (Part(f"{name}{ENDINGS[options.engine]}", plain, patches),)), len(patches)
 
 
 class _Agreement:
-    """Mean Dice between what a candidate and what the original say of some patches, all of them together.
+    """Mean Dice between what the network says with a candidate in the place of one of its models, and what the
+    original says, on some samples, all of them together.
 
     Not with the labels: a patch alone is segmented worse than with its overlaps and mirrored copies, and what
     quantisation loses would be lost among that.
     """
 
-    def __init__(self, cases: Cases, original: Any, patches: Patches, threads: int | None):
-        self.cases = cases
-        self.patches = list(islice(patches, 0, None, -(-len(patches) // _PATCHES_FOR_FALLBACK)))
-        self.expected = self._segment(runner(original, threads))
+    def __init__(self, cases: Cases, part: Part, threads: int | None):
+        self.cases, self.part = cases, part
+        samples = part.inputs if part.samples is None else part.samples
+        self.samples = list(islice(samples, 0, None, -(-len(samples) // _SAMPLES_FOR_FALLBACK)))
+        self.expected = self._segment(runner(part.model, threads))
 
-    def _segment(self, run: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
-        return [self.cases.segment(torch.from_numpy(run(patch)[0])) for patch in self.patches]
+    def _segment(self, run: Run) -> list[np.ndarray]:
+        network = self.part.network(run)
+        return [self.cases.segment(torch.from_numpy(network(sample)[0])) for sample in self.samples]
 
-    def __call__(self, run: Callable[[np.ndarray], np.ndarray]) -> float:
+    def __call__(self, run: Run) -> float:
         counts = [self.cases.count(*pair) for pair in zip(self._segment(run), self.expected, strict=True)]
         scores = dice(sum(counts))
         return 1.0 if np.isnan(scores).all() else float(mean(scores))  # neither finds anything
@@ -436,57 +427,60 @@ def _write_fold(
     name, is_int8 = f"fold_{fold}", options.precision == "int8"
     names = [] if cases is None else spread(cases.split(fold)[0], options.calibration_cases)
     report(f"fold {fold}: converting" + (f", on {len(names)} cases for int8" if is_int8 else ""))
-    if isinstance(model.network, DecidingNetwork):
-        file, inputs = _write_deciding(model, cases, names, options, folder, name)
-        found = None
-        if check is not None:
-            report(f"fold {fold}: checking on {len(check.names)} validation cases")
-            found = check(_engine(model, folder / file, options))
-    else:
-        file = f"{name}{ENDINGS[options.engine]}"
-        patches = Patches(cases, tuple(names), _PATCHES * len(names)) if is_int8 else ()
-        inputs, found = len(patches), _write_static(model, cases, patches, check, options, folder / file, report)
+    with scratch(folder) as own:
+        parts, inputs = _convert(model, cases, names, options, own, name)
+        file, found = _write_parts(model, cases, parts, check, options, folder, report)
     if found is not None and found["finite"]:
         report(f"fold {fold}: Dice {found['dice_original']:.4f}, exported {found['dice_exported']:.4f}")
     return file, found, {name: {"cases": names, "patches": inputs}} if is_int8 else {}
 
 
-def _write_static(
+def _write_parts(
     model: Model,
     cases: Cases | None,
-    patches: Patches | tuple,
+    parts: Parts,
     check: _Check | None,
     options: ExportOptions,
-    path: Path,
+    folder: Path,
     report: Callable[[str], object],
-) -> dict[str, Any] | None:
-    """Convert to ``path`` and check; in int8 layers that lose most are put back until the check passes."""
-    plain = convert(deepcopy(model.network), options.engine, model.input_shape)
-    exported = quantise(plain, patches, threads=options.threads) if patches else plain
-    save(exported, path)
+) -> tuple[str, dict[str, Any] | None]:
+    """Write to ``folder`` and check; in int8 layers that lose most are put back until the check passes.
+
+    Each model that loses something, all others being the original's, may keep the same share of it.
+
+    Returns:
+        The file that the others belong to, and what the check found.
+    """
+    quantised = parts.quantised(options.threads)
+    file = parts.write(folder, quantised)
     if check is None:
-        return None
+        return file, None
 
     def passes() -> bool:
         return found["finite"] and found["dice_drop"] <= options.max_dice_drop
 
     report(f"fold {check.fold}: checking on {len(check.names)} validation cases")
-    found = check(_engine(model, path, options))
-    if patches and not passes():
-        report(f"fold {check.fold}: loses {found['dice_drop']:.4f} Dice; putting the layers back that lose most")
-        score = _Agreement(cases, plain, patches, options.threads)
-        lost = 1 - score(runner(exported, options.threads, "int8"))
-        for share in _FALLBACK:
-            # Not over the file that was checked, which OpenVINO may still have mapped.
-            attempt = Path(tempfile.mkdtemp(dir=path.parent))
-            save(quantise(plain, patches, score, lost * share, threads=options.threads), attempt / path.name)
-            found = check(_engine(model, attempt / path.name, options)) | {"layers_put_back": True}
-            for file in attempt.iterdir():
-                os.replace(file, path.with_name(file.name))
-            attempt.rmdir()
-            if passes():
-                break
-    return found
+    found = check(_engine(model, folder / file, options))
+    if not quantised or passes():
+        return file, found
+    report(f"fold {check.fold}: loses {found['dice_drop']:.4f} Dice; putting the layers back that lose most")
+    losing = []
+    for part in parts.models:
+        if part.file in quantised:
+            score = _Agreement(cases, part, options.threads)
+            lost = 1 - score(runner(quantised[part.file], options.threads, "int8"))
+            losing += [(part, score, lost)] if lost > 0 else []
+    for share in _FALLBACK if losing else ():
+        for part, score, lost in losing:
+            quantised[part.file] = part.quantised(options.threads, score, lost * share)
+        with scratch(folder) as attempt:  # not over the files that were checked, which OpenVINO may still have mapped
+            parts.write(attempt, quantised)
+            found = check(_engine(model, attempt / file, options)) | {"layers_put_back": True}
+            for written in attempt.iterdir():
+                os.replace(written, folder / written.name)
+        if passes():
+            break
+    return file, found
 
 
 def _write(

@@ -7,21 +7,22 @@ shape is fixed, there is a model of a module for each size that it can meet: the
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import nn
 
 from nnunet_dyn.architectures.med_danet import Decision, MedDANetV2, crop_size
-from nnunet_dyn.inference.conversion import Arrays, convert, quantise, save, scratch
+from nnunet_dyn.inference.conversion import Arrays, convert
 from nnunet_dyn.inference.engines import TorchEngine
 from nnunet_dyn.inference.openvino_engine import compiled, computes_in, run
-from nnunet_dyn.inference.parts import load_rest, reading, weights_of, write_list
+from nnunet_dyn.inference.parts import Part, Parts, Run, load_rest, reading, weights_of
 from nnunet_dyn.quantization import FULL_PRECISION, current_width
 
 Size = tuple[int, int]
@@ -34,48 +35,69 @@ def precision_of(width: int) -> str:
     return "fp32" if width == FULL_PRECISION else "int8" if width <= 8 else "bf16"
 
 
-def write_stages(
-    network: MedDANetV2, patches: Collection[np.ndarray], folder: Path, name: str, threads: int | None = None
-) -> str:
-    """Write the models of ``network`` and what else it has learnt; the name of the file that lists them.
+def convert_stages(network: MedDANetV2, patches: Collection[np.ndarray], name: str, folder: Path) -> Parts:
+    """The models of ``network`` and what else it has learnt.
 
     Args:
         patches: (1, C, *patch) slices, to take the ranges of int8 from; some of them, where there are many.
         name: of the fold, which the files start with.
+        folder: for what the models take their ranges from, as long as they are used.
+
+    Raises:
+        JobError: a module cannot be converted.
     """
     network = deepcopy(network).eval()
-    slices = [torch.from_numpy(patch) for patch in islice(patches, 0, None, -(-len(patches) // _SLICES))]
+    slices = list(islice(patches, 0, None, -(-len(patches) // _SLICES)))
     _fuse(network, tuple(slices[0].shape[2:]))
     stages = _stages(network)
-    parts = []
-    with scratch(folder) as inputs:
-        for (path, size), seen in _seen(network, stages, slices, inputs).items():
-            stage, shape = stages[path], next(iter(seen)).shape
-            precisions = {precision_of(width) for width in _widths(network, stage)}
-            plain = convert(deepcopy(network.get_submodule(path)), "openvino", shape)
-            files = {}
-            if precisions - {"int8"}:
-                files["float"] = plain
-            if "int8" in precisions:
+    models, parts = [], []
+    for (path, size), (decision, seen) in _seen(network, stages, slices, folder).items():
+        stage, shape = stages[path], next(iter(seen)).shape
+        precisions = {precision_of(width) for width in _widths(network, stage)}
+        plain = convert(deepcopy(network.get_submodule(path)), "openvino", shape)
+        start = f"{name}.{path}.{'x'.join(map(str, size))}"
+        of_kind = {}
+        if precisions - {"int8"}:
+            of_kind["float"] = Part(f"{start}.float.xml", plain)
+        if "int8" in precisions:
+            of_kind["int8"] = Part(
+                f"{start}.int8.xml",
+                plain,
+                seen,
                 # The image's own layer and the head keep their precision, as in other networks.
-                files["int8"] = quantise(
-                    plain,
-                    seen,
-                    keep_first=stage == 0,
-                    keep_last=stage == network.n_stages - 1 and "transpconvs" not in path,
-                    threads=threads,
-                )
-            for kind, model in files.items():
-                file = f"{name}.{path}.{'x'.join(map(str, size))}.{kind}.xml"
-                save(model, folder / file)
-                for precision in precisions:
-                    if (precision == "int8") == (kind == "int8"):
-                        parts.append({"module": path, "size": size, "precision": precision, "file": file})
-    return write_list(folder, name, {"parts": parts}, _rest(network))
+                keep_first=stage == 0,
+                keep_last=stage == network.n_stages - 1 and "transpconvs" not in path,
+                samples=slices,
+                network=_around(network, path, decision),
+            )
+        models += of_kind.values()
+        for precision in precisions:
+            file = of_kind["int8" if precision == "int8" else "float"].file
+            parts.append({"module": path, "size": size, "precision": precision, "file": file})
+    return Parts(name, tuple(models), {"parts": parts}, _rest(network))
+
+
+def _around(network: MedDANetV2, path: str, decision: Decision) -> Callable[[Run], Run]:
+    """From what runs the module ``path`` to what carries out ``decision`` with it, from a slice to its logits.
+
+    All else is the original in full precision. So what a model loses is measured in what it is for, the segmentation,
+    and in the same unit for all of them.
+    """
+
+    def around(run: Run) -> Run:
+        def segment(x: np.ndarray) -> np.ndarray:
+            with mock.patch.object(
+                network.get_submodule(path), "forward", lambda x: torch.from_numpy(run(x.contiguous().numpy()))
+            ):
+                return network.execute(torch.from_numpy(x), [decision])[0].numpy()
+
+        return torch.inference_mode()(segment)
+
+    return around
 
 
 def listed(file: Path) -> list[str]:
-    """Names of the files that ``file``, as :func:`write_stages` made it, belongs to.
+    """Names of the files that ``file``, as :meth:`Parts.write` made it, belongs to.
 
     Raises:
         JobError: it cannot be read.
@@ -104,7 +126,7 @@ class StagesEngine(TorchEngine):
 
     Args:
         network: as the plans have it; its weights do not matter.
-        files: of each fold, what :func:`write_stages` returned.
+        files: of each fold, what :meth:`Parts.write` returned.
         patch: voxels of a slice.
 
     Raises:
@@ -209,30 +231,30 @@ def _widths(network: MedDANetV2, stage: int | None) -> set[int]:
 
 
 def _seen(
-    network: MedDANetV2, stages: dict[str, int | None], slices: Sequence[torch.Tensor], folder: Path
-) -> dict[tuple[str, Size], Arrays]:
-    """What every module gets for each size: whole slices and a crop from the middle of each, in full precision."""
-    seen: dict[tuple[str, Size], Arrays] = {}
+    network: MedDANetV2, stages: dict[str, int | None], slices: Sequence[np.ndarray], folder: Path
+) -> dict[tuple[str, Size], tuple[Decision | None, Arrays]]:
+    """What every module gets for each size, and by what decision: whole slices and a crop from the middle of each, in
+    full precision. What decides gets slices without one."""
+    seen: dict[tuple[str, Size], tuple[Decision | None, Arrays]] = {}
 
-    def record(path: str):
+    def record(path: str, decision: Decision | None):
         def hook(_, inputs):
             (x,) = inputs
             key = path, tuple(x.shape[2:])
             if key not in seen:
-                seen[key] = Arrays(folder)
-            seen[key].add(x.detach().numpy())
+                seen[key] = decision, Arrays(folder)
+            seen[key][1].add(x.detach().numpy())
 
         return hook
 
-    hooks = [network.get_submodule(path).register_forward_pre_hook(record(path)) for path in stages]
-    try:
-        for x in slices:
-            for decision in _decisions(network, tuple(x.shape[2:])):
-                network.execute(x, [decision])
-            network.probe(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for decision in (*_decisions(network, tuple(slices[0].shape[2:])), None):
+        hooks = [network.get_submodule(path).register_forward_pre_hook(record(path, decision)) for path in stages]
+        try:
+            for x in map(torch.from_numpy, slices):
+                network.probe(x) if decision is None else network.execute(x, [decision])
+        finally:
+            for hook in hooks:
+                hook.remove()
     return seen
 
 

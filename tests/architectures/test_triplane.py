@@ -1,10 +1,9 @@
 """The paper's detector: what it sees, what it returns, and that three planes find a box in a volume."""
 
-from collections import OrderedDict
-
 import numpy as np
 import pytest
 import torch
+from plans import narrow_resnet
 from skimage.exposure import equalize_adapthist
 from torch import nn
 from torch.nn import functional as F
@@ -25,18 +24,6 @@ from nnunet_dyn.errors import JobError
 
 PATCH = (16, 24, 20)
 SMALL = {"size": 32, "backbone": "resnet18", "pyramid": 16, "width": 16, "hidden": 32, "heads": 2, "stages": 2}
-
-
-def narrow_resnet(name, weights, norm_layer) -> nn.Module:
-    """What of a ResNet is used, in a hundredth of the time."""
-    assert name == SMALL["backbone"] and weights is None
-    blocks = {"stem": nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 1))}
-    for level, width in enumerate((16, 32, 64, 128), 1):
-        convolution = nn.Conv2d(max(16, width // 2), width, 3, 2 if level < 4 else 1, 1)
-        blocks[f"layer{level}"] = nn.Sequential(convolution, norm_layer(width), nn.ReLU())
-    made = nn.Sequential(OrderedDict(blocks))
-    made.inplanes = 128
-    return made
 
 
 @pytest.fixture(autouse=True, scope="module")

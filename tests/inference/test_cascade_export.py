@@ -13,16 +13,15 @@ import torch
 from cascades import CUBE, ROI_NAMES, bright_cubes, write_cascade, write_preprocessed
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-from plans import arch_kwargs
+from plans import arch_kwargs, narrow_resnet
 
 from nnunet_dyn import cli, plans_templates
+from nnunet_dyn.architectures import triplane
 from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
-from nnunet_dyn.architectures.triplane import TriPlaneDetector
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.inference import Predictor, cascade, conversion
 from nnunet_dyn.inference.conversion import ENDINGS
 from nnunet_dyn.inference.exported import sha256
-from nnunet_dyn.inference.exporting import _check_detector
 from nnunet_dyn.inference.model_folder import load_model
 from nnunet_dyn.inference.predictor import NOTHING_FOUND
 from nnunet_dyn.inference.preprocessed import Cases
@@ -181,7 +180,7 @@ def converted(exported, monkeypatch):
 
     def convert(network, engine, shape, multiples=None):
         folder = exported[{"openvino": "stages", "onnxruntime": "efficient"}[engine]]
-        if isinstance(network, cascade._Raw):
+        if isinstance(network, cascade._DetectorLayers):
             file = folder / "first_stage" / f"fold_0{ENDINGS[engine]}"
         else:
             parts = json.loads((folder / "fold_0.json").read_text())["parts"]
@@ -255,6 +254,26 @@ def test_lower_precision(segmentors, converted, tmp_path, monkeypatch, network, 
     assert 2 * (masks[0] & masks[1]).sum() / sum(map(np.sum, masks)) > 0.8
     if precision == "int8":
         assert (expected.segmentation != got.segmentation).any()
+
+
+def test_what_loses_too_much_after_every_attempt_is_not_written(segmentors, converted, tmp_path, monkeypatch, capsys):
+    """Without a search, whose candidates are all alike."""
+    asked, made = [], {}
+
+    def quantise(plain, inputs, score, max_drop, *options):
+        if score is not None:
+            asked.append(max_drop)
+        else:
+            made[id(plain)] = conversion.quantise(plain, inputs, None, 0.0, *options)
+        return made[id(plain)]
+
+    monkeypatch.setattr("nnunet_dyn.inference.parts.quantise", quantise)
+    flags = ["--max-dice-drop", 0.001, "--calibration-cases", 1]
+    assert export(*segmentors["stages"], tmp_path / "new" / "exported", "openvino", "int8", *flags) == 1
+    shown = capsys.readouterr().err
+    assert "putting the layers back" in shown and "expected 0.001 at most. Nothing was written" in shown
+    assert asked == [pytest.approx(share * 2 * asked[0]) for share in (1 / 2, 1 / 4, 1 / 8)] and asked[0] > 0
+    assert not any((tmp_path / "new").iterdir())
 
 
 def test_layers_of_onnx_are_known_where_the_file_has_no_shapes(exported):
@@ -368,9 +387,29 @@ def test_a_segmentor_without_its_detector(segmentors, tmp_path, capsys):
     assert f"expected its detector in {tmp_path / ROI_NAMES[0]}" in shown and shown.count("\n") == 1
 
 
-def test_the_tri_plane_detector_is_refused():
-    with pytest.raises(UsageError, match="Got a TriPlaneDetector as detector; expected LowResDetector"):
-        _check_detector(TriPlaneDetector.__new__(TriPlaneDetector))
+@pytest.mark.parametrize("engine", list(ENDINGS))
+def test_the_tri_plane_detector_finds_what_it_finds_in_torch(tmp_path, monkeypatch, engine):
+    """Its slices are filtered in torch; of a volume in which one class is there and the others are not."""
+    monkeypatch.setattr(triplane, "get_model", narrow_resnet)
+    options = {"size": 32, "backbone": "resnet18", "pyramid": 16, "width": 16, "hidden": 16, "heads": 2, "stages": 1}
+    options |= {"patch_size": (16, 24, 20), "filter": "sobel"}
+    torch.manual_seed(0)
+    network, other = (triplane.TriPlaneDetector(1, 3, **options).eval() for _ in range(2))
+    x = torch.from_numpy(bright_cubes(CUBE))[None]
+    with torch.no_grad():
+        raw = network.raw(x)
+        scores = torch.sigmoid(raw["present"].mean(1))[0]
+        network.score_threshold.copy_(torch.tensor([0, scores[1] - 0.01, scores[2] + 0.01]))
+        network.margin.fill_(1)
+        parts = cascade.convert_detector(network, engine, (1, 1, 16, 24, 20), "fold_0")
+        file = tmp_path / parts.write(tmp_path, {})
+        converted = cascade.CascadeEngine(other, [file], engine, "fp32", (1, 1, 16, 24, 20), 1)
+        converted.load(0)
+        for name, found in converted.network.raw(x).items():
+            assert torch.allclose(found, raw[name], atol=1e-4) and found.shape == raw[name].shape
+        (expected,), (got,) = network.decide(x), converted.decide(x)
+    assert got.boxes == expected.boxes and got.classes == expected.classes == (1,) and got.cost == expected.cost
+    assert got.scores == pytest.approx(expected.scores, abs=1e-4)
 
 
 def test_crops_of_every_size_have_a_variant():

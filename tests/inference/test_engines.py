@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import models
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 from nnunet_dyn.architectures.dynamic_convs.magic import MAGICConv
 from nnunet_dyn.errors import JobError, UsageError
@@ -216,6 +218,21 @@ def test_instance_normalisation_is_one_operation_of_openvino(affine):
     converted = convert(network, "openvino", tuple(x.shape))
     kinds = [op.get_type_name() for op in converted.get_ops()]
     assert kinds.count("MVN") == 1 and "ReduceMean" not in kinds
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(runner(converted, 1)(x.numpy())), network(x), atol=1e-5, rtol=1e-5)
+
+
+def test_group_normalisation_does_not_crash_openvino():
+    need("openvino")
+    torch.manual_seed(0)
+    blocks = [BasicBlock(16, 16, norm_layer=partial(nn.GroupNorm, 4)) for _ in range(2)]
+    network, x = nn.Sequential(*blocks).eval(), torch.randn(2, 16, 8, 8)
+    for norm in (module for module in network.modules() if isinstance(module, nn.GroupNorm)):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    converted = convert(network, "openvino", tuple(x.shape))
+    kinds = [op.get_type_name() for op in converted.get_ops()]
+    assert kinds.count("MVN") == 4 and "GroupNormalization" not in kinds
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(runner(converted, 1)(x.numpy())), network(x), atol=1e-5, rtol=1e-5)
 

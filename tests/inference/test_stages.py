@@ -8,7 +8,8 @@ import torch
 
 from nnunet_dyn.architectures.med_danet import Decision, MedDANetV2, ModifiedUNet
 from nnunet_dyn.errors import JobError
-from nnunet_dyn.inference.stages import StagesEngine, precision_of, write_stages
+from nnunet_dyn.inference.conversion import scratch
+from nnunet_dyn.inference.stages import StagesEngine, convert_stages, precision_of
 from nnunet_dyn.quantization import FULL_PRECISION, current_width, quantized
 
 pytest.importorskip("openvino", reason="the extra nnunet-dyn[openvino] is not installed")
@@ -52,7 +53,9 @@ def exported(network, slices, tmp_path_factory) -> StagesEngine:
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tempfile.tempdir", str(folder / "which is memory"))
-        name = write_stages(network, [x.numpy() for x in slices.split(1)], folder, "fold_0")
+        with scratch(folder) as own:
+            parts = convert_stages(network, [x.numpy() for x in slices.split(1)], "fold_0", own)
+            name = parts.write(folder, parts.quantised())
     engine = StagesEngine(build(7), [folder / name], PATCH, threads=1)  # other weights, none of which may matter
     engine.load(0)
     return engine
