@@ -3,7 +3,8 @@
 Everything goes through the commands of nnU-Net and of this package, in ``folder``: data are generated (or taken from
 ``--dataset``), planned and preprocessed, each row is trained on fold 0, held-out cases are predicted and evaluated.
 What is done already is not done again, so a folder is for one set of arguments. All rows take the schedule ``guided``
-(docs/med_danet.md), those that decide for five times the epochs: all segment equally often and at the same rate. Example:
+(docs/med_danet.md), those that decide for five times the epochs: all segment equally often, and at the same rate of
+learning. Example:
 
     python benchmarks/med_danet.py work --output benchmarks/results/med_danet.json
 """
