@@ -163,12 +163,12 @@ def main() -> None:
     args = parser.parse_args()
     generated = () if args.dataset is None else ("train", "slices", "size")
     own = {"folder", "dataset", "output", "rows", *generated}
-    settings = {key: value for key, value in vars(args).items() if key not in own} | {"options": ROWS}
+    settings = {key: value for key, value in vars(args).items() if key not in own} | {"options": ROWS, **SCHEDULE}
     studies.use(args.folder, settings)
     name = prepare(args)
     result = {"machine": machine.describe(), "dataset": name, "settings": settings, "rows": {}}
     for row in args.rows:
-        result["rows"][row] = {"options": ROWS[row]} | evaluate(name, train(name, row, args))
+        result["rows"][row] = {"options": SCHEDULE | ROWS[row]} | evaluate(name, train(name, row, args))
         print(row, json.dumps(result["rows"][row]), flush=True)
         if args.output:
             args.output.write_text(json.dumps(result, indent=1) + "\n")
