@@ -468,8 +468,10 @@ def _write_parts(
     for part in parts.models:
         if part.file in quantised:
             score = _Agreement(cases, part, options.threads)
-            lost = 1 - score(runner(quantised[part.file], options.threads, "int8"))
-            losing += [(part, score, lost)] if lost > 0 else []
+            # Not what bf16 loses, which no layer gets back.
+            both = part.model, quantised[part.file]
+            kept, left = (score(runner(model, options.threads, "int8")) for model in both)
+            losing += [(part, score, kept - left)] if left < kept else []
     for share in _FALLBACK if losing else ():
         for part, score, lost in losing:
             quantised[part.file] = part.quantised(options.threads, score, lost * share)
