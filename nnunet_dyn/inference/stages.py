@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,8 +27,6 @@ from nnunet_dyn.quantization import FULL_PRECISION, current_width
 Size = tuple[int, int]
 # A slice and what is done with it; ``None``: it is decided on.
 Sample = tuple[np.ndarray, Decision | None]
-# What every module gets of so many slices is on the disk at once.
-_SLICES = 16
 
 
 def precision_of(width: int) -> str:
@@ -41,7 +38,7 @@ def convert_stages(network: MedDANetV2, patches: Collection[np.ndarray], name: s
     """The models of ``network`` and what else it has learnt.
 
     Args:
-        patches: (1, C, *patch) slices, to take the ranges of int8 from; some of them, where there are many.
+        patches: (1, C, *patch) slices, to take the ranges of int8 from.
         name: of the fold, which the files start with.
         folder: for what the models take their ranges from, as long as they are used.
 
@@ -49,7 +46,7 @@ def convert_stages(network: MedDANetV2, patches: Collection[np.ndarray], name: s
         JobError: a module cannot be converted.
     """
     network = deepcopy(network).eval()
-    slices = list(islice(patches, 0, None, -(-len(patches) // _SLICES)))
+    slices = list(patches)
     _fuse(network, tuple(slices[0].shape[2:]))
     stages = _stages(network)
     models, parts = [], []
