@@ -132,16 +132,15 @@ def _let_every_class_win(network: torch.nn.Module, patch_size: Sequence[int], ch
 
 
 @torch.no_grad()
-def lose_in_int8(encoder: torch.nn.Module) -> None:
-    """Let the second convolution of a plain encoder lose everything in int8 and nothing in floating point.
+def lose_in_int8(norm: torch.nn.Module, conv: torch.nn.Module) -> None:
+    """Let ``conv``, behind ``norm``, lose everything in int8 and nothing in floating point.
 
     One of the channels that it gets is so much larger than the others, and its weights so much smaller, that one range
     holds neither.
     """
-    first, second = encoder.stages[0][0].convs[:2]
-    first.norm.weight[0] *= 2**16
-    first.norm.bias[0] *= 2**16
-    second.conv.weight[:, 0] /= 2**16
+    norm.weight[0] *= 2**16
+    norm.bias[0] *= 2**16
+    conv.weight[:, 0] /= 2**16
 
 
 def write_deciding_model(folder: Path, tiles: torch.Tensor, **options) -> Path:

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import models
 import numpy as np
@@ -12,15 +13,18 @@ import pytest
 import SimpleITK as sitk
 import torch
 from preprocessed import write_preprocessed
+from torch import nn
 
 from nnunet_dyn import cli
+from nnunet_dyn.architectures import med_danet
 from nnunet_dyn.errors import JobError, UsageError
-from nnunet_dyn.inference import Predictor, conversion
+from nnunet_dyn.inference import Predictor, conversion, exporting
 from nnunet_dyn.inference.engines import Engine
 from nnunet_dyn.inference.exported import engine_of, sha256
 from nnunet_dyn.inference.exporting import ExportOptions, _Check, _put
 from nnunet_dyn.inference.model_folder import load_model
-from nnunet_dyn.inference.preprocessed import Cases, Patches
+from nnunet_dyn.inference.parts import Part, Parts
+from nnunet_dyn.inference.preprocessed import Cases, Patches, evenly
 
 pytest.importorskip("openvino", reason="the extra nnunet-dyn[openvino] is not installed")
 pytest.importorskip("nncf", reason="the extra nnunet-dyn[openvino] is not installed")
@@ -357,7 +361,7 @@ def test_a_model_that_loses_too_much_is_not_written_unless_forced(model, tmp_pat
     spoil(monkeypatch)
     output = tmp_path / "new" / "exported"
     assert export(model, output, "--precision", "fp32") == 1
-    assert "of mean Dice; expected 0.005 at most. Nothing was written" in capsys.readouterr().err
+    assert "expected 0.005 at most. Nothing was written. Predict with --engine torch" in capsys.readouterr().err
     assert not output.exists() and not partial(output.parent)
     assert export(model, output, "--precision", "fp32", "--force", "--json", "--validation-cases", 1) == 0
     manifest = json.loads(capsys.readouterr().out)
@@ -380,14 +384,96 @@ def test_layers_are_put_back_until_the_check_passes(model, tmp_path, monkeypatch
         return plain if len(limits) == 3 else bad
 
     monkeypatch.setattr("nnunet_dyn.inference.parts.quantise", quantise)
+    monkeypatch.setattr(exporting, "quantisations", lambda made: 2 if made is bad else 0)
     output = tmp_path / "exported"
     # What is left is in bf16, which an untrained network does not take well.
     flags = ["--calibration-cases", 1, "--validation-cases", 1, "--max-dice-drop", 0.2]
     assert export(model, output, "--precision", "int8", *flags) == 0
     assert "putting the layers back that lose most" in capsys.readouterr().err
     (found,) = manifest_of(output)["accuracy"]
-    assert found["layers_put_back"] and found["dice_drop"] < 0.2
+    assert found["layers_put_back"] == {"fold_0.xml": 2} and found["dice_drop"] < 0.2
     assert limits[0] == 0 and limits[1] == pytest.approx(2 * limits[2]) and 0 < limits[1] < 1
+
+
+class Fake(NamedTuple):
+    """In the place of a model: as many voxels wrong, and as many roundings to int8."""
+
+    name: str
+    wrong: int = 0
+    roundings: int = 0
+
+    def __call__(self, _):
+        logits = np.zeros((1, 5, 4, 4, 4), np.float32)
+        logits[0, 1], logits[0, 2].reshape(-1)[: self.wrong] = 1, 2
+        return logits
+
+
+def test_the_best_attempt_stays(model, preprocessed, tmp_path, monkeypatch):
+    """Of three models, of which one loses nothing and is not searched, and NNCF fails on one."""
+    searched, lines, drops = [], [], iter([0.5, 0.2, 0.3])
+
+    def quantise(plain, inputs, score, max_drop, *_):
+        if score is None:
+            return Fake(plain.name, {"a": 8, "b": 4, "c": 0}[plain.name], 3)
+        assert score(plain) == 1 > score(Fake("", 1))
+        searched.append((plain.name, max_drop))
+        if plain.name == "b":
+            raise JobError("NNCF cannot quantise the network.")
+        return Fake("a", 8, 4 - [name for name, _ in searched].count("a"))
+
+    def check(engine):
+        return {"finite": True, "dice_drop": next(drops)}
+
+    check.fold, check.names = 0, ["case_3"]
+    for name, fake in (("parts.quantise", quantise), ("parts.save", lambda made, path: path.write_text(str(made)))):
+        monkeypatch.setattr(f"nnunet_dyn.inference.{name}", fake)
+    for name, fake in (("runner", lambda made, *_: made), ("quantisations", lambda made: made.roundings)):
+        monkeypatch.setattr(exporting, name, fake)
+    monkeypatch.setattr(exporting, "_engine", lambda *_: None)
+    parts = Parts("fold_0", tuple(Part(name, Fake(name), (np.zeros(1),)) for name in "abc"), {"parts": []})
+    cases, options = cases_of(model, tmp_path, preprocessed), ExportOptions("openvino", "int8")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file, found = exporting._write_parts(None, cases, parts, check, options, folder, lines.append)
+    assert found == {"finite": True, "dice_drop": 0.2, "layers_put_back": {"a": 1}} and file == "fold_0.json"
+    assert (folder / "a").read_text() == str(Fake("a", 8, 2)), "not of the third attempt, which was worse"
+    assert (folder / "b").read_text() == str(Fake("b", 4, 3)) and next(drops, None) is None
+    shares = {name: [drop for other, drop in searched if other == name] for name in "abc"}
+    assert shares["c"] == [] and 0 < shares["b"][0] < shares["a"][0]
+    for asked in (shares["a"], shares["b"]):
+        assert asked == [pytest.approx(asked[0] / divisor) for divisor in (1, 2, 4)]
+    assert "fold 0: loses 0.5000 Dice; putting the layers back that lose most, of 2 of 3 models" in lines
+    assert lines.count("fold 0: b stays as it is. NNCF cannot quantise the network.") == 3
+
+
+def test_what_runs_in_torch_takes_the_threads(model, tmp_path, monkeypatch, capsys):
+    used, before = [], torch.get_num_threads()
+
+    def convert(*_):
+        used.append(torch.get_num_threads())
+        raise JobError("enough")
+
+    monkeypatch.setattr(exporting, "_convert", convert)
+    torch.set_num_threads(2)
+    try:
+        assert export(model, tmp_path / "exported", "--precision", "fp32") == 1
+        assert used == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_else_to_take():
+    def remedy(engine, precision, decides=False) -> str:
+        network = med_danet.MedDANetV2(1, 2, med_danet.ModifiedUNet, strides=[[1, 1], [2, 2]], blocks=(1, 1))
+        return exporting._instead(network if decides else nn.Identity(), ExportOptions(engine, precision), "bf16")
+
+    assert remedy("openvino", "int8") == "Take bf16" and remedy("onnxruntime", "int8") == "Take fp32"
+    assert remedy("openvino", "bf16") == "Take fp32"
+    assert remedy("openvino", "fp32") == remedy("openvino", "int8", decides=True) == "Predict with --engine torch"
+
+
+def test_samples_are_spread():
+    assert evenly(range(11), 8) == [0, 1, 2, 4, 5, 6, 8, 9] and evenly("ab", 8) == ["a", "b"] and evenly((), 8) == []
 
 
 def test_int8_needs_preprocessed_cases_and_fp32_force(model, tmp_path, monkeypatch, capsys):

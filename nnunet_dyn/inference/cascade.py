@@ -1,9 +1,9 @@
 """The ROI cascade in OpenVINO or ONNX Runtime: the layers of its detectors, and the networks of its segmentors.
 
 What decides stays in torch, with its costs: boxes, crops, and what is background. A detector's layers get whole tiles,
-in fp32 whatever the segmentor computes in: score and margin were calibrated so, and it runs once a case. A segmentor's
-network gets crops of many sizes, so its models take any multiple of its strides; one that skips stages has a model for
-each set of them, and each cube of ``paper`` mode has one.
+or the slices that the tri-plane detector makes of them, in fp32 whatever the segmentor computes in: score and margin
+were calibrated so, and it runs once a case. A segmentor's network gets crops of many sizes, so its models take any
+multiple of its strides; one that skips stages has a model for each set, and each cube of ``paper`` mode has one.
 
 OpenVINO takes longer for a model of any size than for one of a fixed size (``benchmarks/crop_sizes.py``), which takes
 seconds to compile. So the sizes that are most frequent in the training cases are compiled for themselves, each when it

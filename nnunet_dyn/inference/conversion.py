@@ -232,7 +232,7 @@ def quantise(
             return nncf.quantize_with_accuracy_control(
                 model,
                 calibration,
-                nncf.Dataset(patches),
+                nncf.Dataset([None]),  # nothing is run on it, but of each item the score is asked for once more
                 lambda candidate, _: float(score(runner(candidate, threads))),
                 max_drop=max_drop,
                 drop_type=nncf.DropType.ABSOLUTE,
@@ -241,8 +241,15 @@ def quantise(
     except Exception as error:  # NNCF has many, such as for kernels that are computed, in ONNX
         raise JobError(
             f"NNCF cannot quantise the network: {type(error).__name__}: {' '.join(str(error).split())[:300]}. Take "
-            "another engine, or fp32."
+            "another engine or fp32, where the network has them, or predict with --engine torch."
         ) from error
+
+
+def quantisations(model: openvino.Model | onnx.ModelProto) -> int:
+    """How many operations of ``model`` round to int8."""
+    nodes = model.graph.node if _is_onnx(model) else model.get_ops()
+    kinds = [node.op_type if _is_onnx(model) else node.get_type_name() for node in nodes]
+    return kinds.count("FakeQuantize") + kinds.count("QuantizeLinear")
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar
@@ -236,6 +237,19 @@ class TorchEngine(Engine):
     def execute(self, tiles: torch.Tensor, decisions: Sequence[Decision]) -> tuple[torch.Tensor, list[Decision]]:
         logits, done = self._at_precision(self.network.execute, tiles, decisions)
         return self._as_added_up(logits), done
+
+
+@contextmanager
+def on_threads(threads: int | None) -> Iterator[None]:
+    """What runs in torch inside takes so many threads; ``None``: every core this process may use."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or available_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def available_cores() -> int:

@@ -12,7 +12,6 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
 from nnunet_dyn.decisions import DecidingNetwork
 from nnunet_dyn.errors import JobError, NotFiniteError, UsageError
 from nnunet_dyn.inference.cascade import CascadeEngine, Crops, convert_detector, convert_segmentor, crops_of
-from nnunet_dyn.inference.conversion import ENDINGS, convert, runner, scratch, writing
-from nnunet_dyn.inference.engines import MANIFEST, Engine, TorchEngine, check_engine, check_installed
+from nnunet_dyn.inference.conversion import ENDINGS, convert, quantisations, runner, scratch, writing
+from nnunet_dyn.inference.engines import MANIFEST, Engine, TorchEngine, check_engine, check_installed, on_threads
 from nnunet_dyn.inference.exported import FIRST_STAGE, Manifest, engine_of, is_exported, load_exported, sha256
 from nnunet_dyn.inference.model_folder import (
     CHECKPOINT,
@@ -39,13 +38,15 @@ from nnunet_dyn.inference.model_folder import (
 )
 from nnunet_dyn.inference.parts import Part, Parts, Run
 from nnunet_dyn.inference.predictor import Predictor
-from nnunet_dyn.inference.preprocessed import Cases, Patches, dice, mean, spread
+from nnunet_dyn.inference.preprocessed import Cases, Patches, dice, evenly, mean, spread
 
 #: Packages whose versions the manifest has, where they are installed.
 PACKAGES = ("nnunetv2", "torch", "openvino", "nncf", "onnx", "onnxruntime")
 # Of each calibration case. Ranges are those of the widest values seen, which more patches of a case seldom change.
 _PATCHES = 4
-# What layers are put back on, patches, crops or slices; each of them runs once for every candidate.
+# Of a network that decides, at most: what each of its modules gets of them is on the disk at once.
+_SLICES = 16
+# What layers are put back on, patches, crops or slices, at most; each of them runs once for every candidate.
 _SAMPLES_FOR_FALLBACK = 8
 # How much of the disagreement with the original on these may stay, tried one after the other.
 _FALLBACK = (1 / 2, 1 / 4, 1 / 8)
@@ -212,8 +213,8 @@ def _check_decides(network: nn.Module, options: ExportOptions) -> None:
     if isinstance(network, DetectorNetwork):
         if options.precision != "fp32":
             raise UsageError(
-                f"Got {options.precision} for a detector; expected fp32, in which its score and margin were calibrated "
-                "and which takes no time that counts. Export the segmentor, with its detector, in any precision."
+                f"Got {options.precision} for a detector; expected fp32, in which its score and margin were "
+                "calibrated. Export the segmentor, with its detector, in any precision."
             )
         return
     from nnunet_dyn.architectures.med_danet import MedDANetV2
@@ -228,6 +229,13 @@ def _check_decides(network: nn.Module, options: ExportOptions) -> None:
             f"Got {options.engine} {options.precision} for a network that chooses its bits; expected openvino int8. "
             "Take those, or predict with --engine torch."
         )
+
+
+def _instead(network: nn.Module, options: ExportOptions, precision: str) -> str:
+    """What to do instead: take ``precision``, or what else there is."""
+    if options.precision == "fp32" or (isinstance(network, DecidingNetwork) and not isinstance(network, ROISegmentor)):
+        return "Predict with --engine torch"
+    return f"Take {precision if options.engine == 'openvino' and options.precision == 'int8' else 'fp32'}"
 
 
 def _engine(model: Model, path: Path, options: ExportOptions) -> Engine:
@@ -267,6 +275,7 @@ def _convert(
     if isinstance(network, DecidingNetwork):
         from nnunet_dyn.inference.stages import convert_stages
 
+        patches = replace(patches, count=min(len(patches), _SLICES))
         return convert_stages(network, patches, name, folder), len(patches)
     plain = convert(deepcopy(network), options.engine, shape)
     return Parts(name, (Part(f"{name}{ENDINGS[options.engine]}", plain, patches),)), len(patches)
@@ -283,12 +292,13 @@ class _Agreement:
     def __init__(self, cases: Cases, part: Part, threads: int | None):
         self.cases, self.part = cases, part
         samples = part.inputs if part.samples is None else part.samples
-        self.samples = list(islice(samples, 0, None, -(-len(samples) // _SAMPLES_FOR_FALLBACK)))
+        self.samples = evenly(samples, _SAMPLES_FOR_FALLBACK)
         self.expected = self._segment(runner(part.model, threads))
 
     def _segment(self, run: Run) -> list[np.ndarray]:
         network = self.part.network(run)
-        return [self.cases.segment(torch.from_numpy(network(sample)[0])) for sample in self.samples]
+        segmented = (self.cases.segment(torch.from_numpy(network(sample)[0])) for sample in self.samples)
+        return [labels.astype(np.int16) for labels in segmented]
 
     def __call__(self, run: Run) -> float:
         counts = [self.cases.count(*pair) for pair in zip(self._segment(run), self.expected, strict=True)]
@@ -446,7 +456,8 @@ def _write_parts(
 ) -> tuple[str, dict[str, Any] | None]:
     """Write to ``folder`` and check; in int8 layers that lose most are put back until the check passes.
 
-    Each model that loses something, all others being the original's, may keep the same share of it.
+    Each model that loses something, all others being the original's, may keep the same share of it. If the check
+    passes with no share, the best attempt stays.
 
     Returns:
         The file that the others belong to, and what the check found.
@@ -463,21 +474,37 @@ def _write_parts(
     found = check(_engine(model, folder / file, options))
     if not quantised or passes():
         return file, found
-    report(f"fold {check.fold}: loses {found['dice_drop']:.4f} Dice; putting the layers back that lose most")
     losing = []
     for part in parts.models:
         if part.file in quantised:
             score = _Agreement(cases, part, options.threads)
-            lost = 1 - score(runner(quantised[part.file], options.threads, "int8"))
-            losing += [(part, score, lost)] if lost > 0 else []
-    for share in _FALLBACK if losing else ():
-        for part, score, lost in losing:
-            quantised[part.file] = part.quantised(options.threads, score, lost * share)
+            # What is lost in bf16 alone no layer gets back.
+            both = part.model, quantised[part.file]
+            floating, integers = (score(runner(model, options.threads, "int8")) for model in both)
+            losing += [(part, floating - integers)] if integers < floating else []
+    wrong = f"loses {found['dice_drop']:.4f} Dice" if found["finite"] else "gives logits that are not finite"
+    remedy = f"putting the layers back that lose most, of {len(losing)} of {len(quantised)} models"
+    report(f"fold {check.fold}: {wrong}; {remedy if losing else 'no model loses by itself'}")
+    first = checked = {part.file: quantisations(quantised[part.file]) for part, _ in losing}
+    for share in _FALLBACK:
+        for part, lost in losing:
+            score = _Agreement(cases, part, options.threads)
+            try:
+                quantised[part.file] = part.quantised(options.threads, score, lost * share)
+            except JobError as error:
+                report(f"fold {check.fold}: {part.file} stays as it is. {error}")
+        left = {name: quantisations(quantised[name]) for name in first}
+        if left == checked:
+            continue
+        checked = left
         with scratch(folder) as attempt:  # not over the files that were checked, which OpenVINO may still have mapped
             parts.write(attempt, quantised)
-            found = check(_engine(model, attempt / file, options)) | {"layers_put_back": True}
-            for written in attempt.iterdir():
-                os.replace(written, folder / written.name)
+            put_back = {name: first[name] - left[name] for name in first if left[name] < first[name]}
+            tried = check(_engine(model, attempt / file, options)) | {"layers_put_back": put_back}
+            if (tried["finite"], -tried["dice_drop"]) > (found["finite"], -found["dice_drop"]):
+                found = tried
+                for written in attempt.iterdir():
+                    os.replace(written, folder / written.name)
         if passes():
             break
     return file, found
@@ -503,7 +530,7 @@ def _write(
     for fold, parameters in zip(folds, model.parameters, strict=True):
         original = TorchEngine(model.network, [parameters], torch.device("cpu"), "fp32", options.threads)
         original.load(0)
-        with scratch(folder) as handed_on:
+        with scratch(folder) as handed_on, on_threads(options.threads):
             cases_of_fold, of_exported = cases, None
             if first is not None and cases is not None:
                 cases_of_fold, of_exported = _hand_on(first, cases, fold, options, folder, handed_on, report)
@@ -518,12 +545,14 @@ def _write(
     if (bad := [str(found["fold"]) for found in accuracy if not found["finite"]]) and not options.force:
         raise JobError(
             f"The exported model of fold {', '.join(bad)} gives logits that are NaN or too large for half precision, "
-            "which the original does not; expected finite ones. Nothing was written. Take fp32."
+            "which the original does not; expected finite ones. Nothing was written. "
+            f"{_instead(model.network, options, 'fp32')}."
         )
     if lost > options.max_dice_drop and not options.force:
         raise JobError(
             f"The exported model loses {lost:.4f} of mean Dice; expected {options.max_dice_drop} at most. Nothing was "
-            "written. Take bf16, allow more with --max-dice-drop, or write it all the same with --force."
+            f"written. {_instead(model.network, options, 'bf16')}, allow more with --max-dice-drop, or write it all "
+            "the same with --force."
         )
     for name, content in (("plans.json", model.plans.plans), ("dataset.json", model.dataset)):
         with writing(folder / name):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class Part:
         inputs: of the model, which int8 takes its ranges from. One that has none stays as it is.
         keep_first, keep_last: see :func:`~nnunet_dyn.inference.conversion.quantise`.
         samples: of the network, to measure on what int8 loses; ``None`` where the model is all of it: ``inputs``.
-        network: from what runs the model to what runs the network with it, from its samples to logits.
+        network: from what runs the model to what runs the network with it, from a sample to logits.
     """
 
     file: str
@@ -47,8 +47,8 @@ class Part:
     inputs: Collection[np.ndarray] = ()
     keep_first: bool = True
     keep_last: bool = True
-    samples: Collection[np.ndarray] | None = None
-    network: Callable[[Run], Run] = lambda run: run
+    samples: Collection[Any] | None = None
+    network: Callable[[Run], Callable[[Any], np.ndarray]] = lambda run: run
 
     def quantised(
         self, threads: int | None, score: Callable[[Run], float] | None = None, max_drop: float = 0.0

@@ -38,7 +38,7 @@ from nnunet_dyn.decisions import (
 )
 from nnunet_dyn.errors import JobError, NotFiniteError, UsageError
 from nnunet_dyn.inference.conversion import converted_engine
-from nnunet_dyn.inference.engines import Engine, TorchEngine, check_engine
+from nnunet_dyn.inference.engines import Engine, TorchEngine, check_engine, on_threads
 from nnunet_dyn.inference.export import complete_files, probabilities_file, segment
 from nnunet_dyn.inference.exported import is_exported, load_exported
 from nnunet_dyn.inference.model_folder import (
@@ -319,7 +319,7 @@ class Predictor(nnUNetPredictor):
             (classes, *shape) in half precision on the CPU.
         """
         logits, self.decided = None, ()
-        with self._threads(), self._tiles_kept():
+        with on_threads(self.engine.threads), self._tiles_kept():
             for fold in range(self.engine.folds):
                 self.engine.load(fold)
                 of_fold = self.predict_sliding_window_return_logits(data).to("cpu")
@@ -355,15 +355,6 @@ class Predictor(nnUNetPredictor):
                 "for other tiles. Leave out -step_size.",
                 stacklevel=2,
             )
-
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.engine.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
 
     @torch.inference_mode()
     def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
@@ -631,7 +622,7 @@ class Predictor(nnUNetPredictor):
         decisions = self._case_decisions(tuple(data.shape[1:]), properties)
         if decisions is not None:
             decisions = replace(decisions, warnings=warning, first_stage=before)
-        with _timed(seconds, "export"), self._threads():
+        with _timed(seconds, "export"), on_threads(self.engine.threads):
             if picture is not None:
                 plot_decisions(data[0].numpy(), self._labels(logits), decisions, picture)
             del data

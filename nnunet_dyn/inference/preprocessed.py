@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.inference.conversion import writing
 from nnunet_dyn.inference.model_folder import Model, first_stage_folder
 
+T = TypeVar("T")
 # Patches that are sure to show foreground; the others show what is around it.
 _FOREGROUND = 0.5
 
@@ -238,5 +240,11 @@ def spread(names: Sequence[str], count: int) -> list[str]:
     """
     if not names:
         raise JobError("The fold has no cases to calibrate or check on; expected some. Look into splits_final.json.")
-    ordered = sorted(names)
-    return [ordered[index * len(ordered) // min(count, len(ordered))] for index in range(min(count, len(ordered)))]
+    return evenly(sorted(names), count)
+
+
+def evenly(samples: Collection[T], count: int) -> list[T]:
+    """``count`` of ``samples``, or all, evenly spaced."""
+    count = min(count, len(samples))
+    chosen = {number * len(samples) // count for number in range(count)}
+    return [sample for number, sample in enumerate(samples) if number in chosen]

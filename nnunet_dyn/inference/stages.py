@@ -7,9 +7,8 @@ shape is fixed, there is a model of a module for each size that it can meet: the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,8 +25,8 @@ from nnunet_dyn.inference.parts import Part, Parts, Run, load_rest, reading, wei
 from nnunet_dyn.quantization import FULL_PRECISION, current_width
 
 Size = tuple[int, int]
-# What every module gets of so many slices is on the disk at once.
-_SLICES = 16
+# A slice and what is done with it; ``None``: it is decided on.
+Sample = tuple[np.ndarray, Decision | None]
 
 
 def precision_of(width: int) -> str:
@@ -39,7 +38,7 @@ def convert_stages(network: MedDANetV2, patches: Collection[np.ndarray], name: s
     """The models of ``network`` and what else it has learnt.
 
     Args:
-        patches: (1, C, *patch) slices, to take the ranges of int8 from; some of them, where there are many.
+        patches: (1, C, *patch) slices, to take the ranges of int8 from.
         name: of the fold, which the files start with.
         folder: for what the models take their ranges from, as long as they are used.
 
@@ -47,12 +46,12 @@ def convert_stages(network: MedDANetV2, patches: Collection[np.ndarray], name: s
         JobError: a module cannot be converted.
     """
     network = deepcopy(network).eval()
-    slices = list(islice(patches, 0, None, -(-len(patches) // _SLICES)))
+    slices = list(patches)
     _fuse(network, tuple(slices[0].shape[2:]))
     stages = _stages(network)
     models, parts = [], []
-    for (path, size), (decision, seen) in _seen(network, stages, slices, folder).items():
-        stage, shape = stages[path], next(iter(seen)).shape
+    for (path, size), (inputs, samples) in _seen(network, stages, slices, folder).items():
+        stage, shape = stages[path], next(iter(inputs)).shape
         precisions = {precision_of(width) for width in _widths(network, stage)}
         plain = convert(deepcopy(network.get_submodule(path)), "openvino", shape)
         start = f"{name}.{path}.{'x'.join(map(str, size))}"
@@ -63,12 +62,12 @@ def convert_stages(network: MedDANetV2, patches: Collection[np.ndarray], name: s
             of_kind["int8"] = Part(
                 f"{start}.int8.xml",
                 plain,
-                seen,
+                inputs,
                 # The image's own layer and the head keep their precision, as in other networks.
                 keep_first=stage == 0,
                 keep_last=stage == network.n_stages - 1 and "transpconvs" not in path,
-                samples=slices,
-                network=_around(network, path, decision),
+                samples=samples,
+                network=_around(network, path),
             )
         models += of_kind.values()
         for precision in precisions:
@@ -77,15 +76,16 @@ def convert_stages(network: MedDANetV2, patches: Collection[np.ndarray], name: s
     return Parts(name, tuple(models), {"parts": parts}, _rest(network))
 
 
-def _around(network: MedDANetV2, path: str, decision: Decision) -> Callable[[Run], Run]:
-    """From what runs the module ``path`` to what carries out ``decision`` with it, from a slice to its logits.
+def _around(network: MedDANetV2, path: str) -> Callable[[Run], Callable[[Sample], np.ndarray]]:
+    """From what runs the module ``path`` to what segments a slice with it, by a decision: to its logits.
 
     All else is the original in full precision. So what a model loses is measured in what it is for, the segmentation,
     and in the same unit for all of them.
     """
 
-    def around(run: Run) -> Run:
-        def segment(x: np.ndarray) -> np.ndarray:
+    def around(run: Run) -> Callable[[Sample], np.ndarray]:
+        def segment(sample: Sample) -> np.ndarray:
+            x, decision = sample
             with mock.patch.object(
                 network.get_submodule(path), "forward", lambda x: torch.from_numpy(run(x.contiguous().numpy()))
             ):
@@ -232,39 +232,44 @@ def _widths(network: MedDANetV2, stage: int | None) -> set[int]:
 
 def _seen(
     network: MedDANetV2, stages: dict[str, int | None], slices: Sequence[np.ndarray], folder: Path
-) -> dict[tuple[str, Size], tuple[Decision | None, Arrays]]:
-    """What every module gets for each size, and by what decision: whole slices and a crop from the middle of each, in
-    full precision. What decides gets slices without one."""
-    seen: dict[tuple[str, Size], tuple[Decision | None, Arrays]] = {}
+) -> dict[tuple[str, Size], tuple[Arrays, list[Sample]]]:
+    """What every module gets for each size, and of what: whole slices, and every crop of each where the position
+    network puts it, in full precision. What decides gets whole slices alone."""
+    seen: dict[tuple[str, Size], tuple[Arrays, list[Sample]]] = {}
 
-    def record(path: str, decision: Decision | None):
+    def record(path: str, *sample):
         def hook(_, inputs):
             (x,) = inputs
             key = path, tuple(x.shape[2:])
             if key not in seen:
-                seen[key] = decision, Arrays(folder)
-            seen[key][1].add(x.detach().numpy())
+                seen[key] = Arrays(folder), []
+            seen[key][0].add(x.detach().numpy())
+            seen[key][1].append(sample)
 
         return hook
 
-    for decision in (*_decisions(network, tuple(slices[0].shape[2:])), None):
-        hooks = [network.get_submodule(path).register_forward_pre_hook(record(path, decision)) for path in stages]
-        try:
-            for x in map(torch.from_numpy, slices):
-                network.probe(x) if decision is None else network.execute(x, [decision])
-        finally:
-            for hook in hooks:
-                hook.remove()
+    for x in slices:
+        for decision in (*_decisions(network, torch.from_numpy(x)), None):
+            hooks = [
+                network.get_submodule(path).register_forward_pre_hook(record(path, x, decision)) for path in stages
+            ]
+            try:
+                if decision is None:
+                    network.probe(torch.from_numpy(x))
+                else:
+                    network.execute(torch.from_numpy(x), [decision])
+            finally:
+                for hook in hooks:
+                    hook.remove()
     return seen
 
 
-def _decisions(network: MedDANetV2, patch: Size) -> Iterator[Decision]:
-    full = (FULL_PRECISION,) * network.n_stages
-    if "whole" in network.options.policy_space:
-        yield Decision("whole", bits=full)
-    for crop in network.options.crops:
-        size = crop_size(crop, patch, network.divisor)
-        corner = [(side - cut) // 2 for side, cut in zip(patch, size, strict=True)]
-        yield Decision(
-            "crop", bits=full, box=tuple((start, start + cut) for start, cut in zip(corner, size, strict=True))
-        )
+@torch.no_grad()
+def _decisions(network: MedDANetV2, x: torch.Tensor) -> list[Decision]:
+    """Every way to segment the slice ``x``, in full precision."""
+    full, crops = (FULL_PRECISION,) * network.n_stages, network.options.crops
+    made = [Decision("whole", bits=full)] if "whole" in network.options.policy_space else []
+    if crops:
+        place = network.place(network._view(x)).expand(len(crops), -1)
+        made += [Decision("crop", box, full) for box in network._boxes(place, tuple(x.shape[2:]), crops)]
+    return made

@@ -157,7 +157,10 @@ def test_layers_that_lose_most_are_put_back(monkeypatch):
     plain = convert(network, "openvino", (1, 1, 16, 16))
     expected = [runner(plain)(patch) for patch in patches]
 
+    scores = []
+
     def score(run) -> float:
+        scores.append(run)
         pairs = zip(patches, expected, strict=True)
         return 1 - float(np.mean([np.abs(run(patch) - logits).mean() for patch, logits in pairs]))
 
@@ -174,6 +177,9 @@ def test_layers_that_lose_most_are_put_back(monkeypatch):
     assert {config["INFERENCE_PRECISION_HINT"] for config in used} == {"bf16", "<Type: 'float32'>"}
     assert 0 < 1 - score(runner(better, 1, "int8")) <= lost / 2
     assert 0 < count(better) < count(quantised)
+    scores.clear()
+    assert count(quantise(plain, patches, score, 1.0, keep_first=False, keep_last=False)) == count(quantised)
+    assert len(scores) == 5, "not more for more patches"
     assert openvino.Core.compile_model is spy
 
 

@@ -9,7 +9,7 @@ import torch
 from nnunet_dyn.architectures.med_danet import Decision, MedDANetV2, ModifiedUNet
 from nnunet_dyn.errors import JobError
 from nnunet_dyn.inference.conversion import scratch
-from nnunet_dyn.inference.stages import StagesEngine, convert_stages, precision_of
+from nnunet_dyn.inference.stages import StagesEngine, _seen, _stages, convert_stages, precision_of
 from nnunet_dyn.quantization import FULL_PRECISION, current_width, quantized
 
 pytest.importorskip("openvino", reason="the extra nnunet-dyn[openvino] is not installed")
@@ -19,9 +19,9 @@ PATCH = (64, 48)
 BOX = ((8, 40), (16, 48))
 
 
-def build(seed: int) -> MedDANetV2:
+def build(seed: int, crops: tuple[int, ...] = (32,)) -> MedDANetV2:
     torch.manual_seed(seed)
-    options = {"policy_space": ["skip", 32, "whole"]}
+    options = {"policy_space": ["skip", *crops, "whole"]}
     kwargs = {"strides": [[1, 1], [2, 2]], "base_features": 8, "blocks": (1, 1)}
     return MedDANetV2(1, 3, ModifiedUNet, options, **kwargs).eval()
 
@@ -59,6 +59,28 @@ def exported(network, slices, tmp_path_factory) -> StagesEngine:
     engine = StagesEngine(build(7), [folder / name], PATCH, threads=1)  # other weights, none of which may matter
     engine.load(0)
     return engine
+
+
+def test_crops_are_where_the_position_network_puts_them(slices, tmp_path):
+    network = build(0, crops=(16, 32))
+    with torch.no_grad():
+        for where in network.position.where:
+            where.weight *= 500
+        probed = [network.probe(x)[1][0] for x in slices.split(1)]
+        first = torch.nn.Sequential(network.backbone.encoder.stem, network.backbone.encoder.stages[0])
+        with scratch(tmp_path) as own:
+            seen = _seen(network, _stages(network), [x.numpy() for x in slices.split(1)], own)
+            boxes = []
+            for side in (16, 32):
+                inputs, samples = seen["backbone.encoder.stages.1", (side, side)]
+                boxes.append([decision.box for _, decision in samples])
+                for x, box, got in zip(slices.split(1), boxes[-1], inputs, strict=True):
+                    crop = first(x[(..., *(slice(*axis) for axis in box))])
+                    assert torch.allclose(torch.from_numpy(got), crop, atol=1e-4)
+            inputs, samples = seen["crop_tail", PATCH]
+            assert len(inputs) == len(samples) == 2 * len(slices), "of both crops"
+    assert len(set(boxes[1])) > 1, "not all in the middle"
+    assert all(box in of_slice for box, of_slice in zip(probed, zip(*boxes, strict=True), strict=True))
 
 
 def noise(expected: torch.Tensor, got: torch.Tensor) -> float:

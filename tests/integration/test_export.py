@@ -12,8 +12,9 @@ from cascades import write_preprocessed as write_preprocessed_cascade
 from preprocessed import write_preprocessed
 
 from nnunet_dyn import cli, plans_templates
-from nnunet_dyn.inference import Predictor
-from nnunet_dyn.inference.conversion import runner
+from nnunet_dyn.inference import Predictor, exporting
+from nnunet_dyn.inference.conversion import quantisations, runner
+from nnunet_dyn.inference.parts import Part
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +23,8 @@ def engines():
         pytest.importorskip(package, reason="the extra nnunet-dyn[openvino] is not installed")
 
 
-def export(model, data, output, limit) -> dict:
-    flags = ["--engine", "openvino", "--precision", "int8", "--calibration-cases", "1", "--validation-cases", "1"]
+def export(model, data, output, limit, engine="openvino", *flags) -> dict:
+    flags = ["--engine", engine, "--precision", "int8", "--calibration-cases", "1", "--validation-cases", "1", *flags]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_preprocessed", str(data))
         status = cli.main(["export", "-m", str(model), "-o", str(output), *flags, "--max-dice-drop", str(limit)])
@@ -55,47 +56,6 @@ def test_a_network_that_chooses_its_bits(tmp_path, capsys):
     assert "a network that decides what it computes" in capsys.readouterr().err
 
 
-def silenced(model):
-    """``model`` of OpenVINO that gives zeros."""
-    import openvino
-    from openvino import opset13
-
-    made = model.clone()
-    zeros = opset13.multiply(made.get_results()[0].input_value(0), np.float32(0))
-    return openvino.Model([zeros], made.get_parameters())
-
-
-def test_layers_of_a_network_that_chooses_its_bits_are_put_back(tmp_path, monkeypatch, capsys):
-    """Those of a stage that has lost everything, in the second attempt, and none of what decides."""
-
-    @torch.no_grad()
-    def prepare(network):
-        network.is_quantised.fill_(True)
-        for selector in network.selectors:
-            selector.linear.weight.zero_()
-            selector.linear.bias.copy_(torch.tensor([1.0, 0.0]))
-        models._let_every_class_win(network, (32, 32), 1)
-
-    options = {"dimension": 2, "patch_size": (32, 32), "mirroring": None, "prepare": prepare}
-    model = models.write_model(tmp_path / "model", trainer="nnUNetTrainerMedDANetV2QuantOnly", **options)
-    data = write_preprocessed(tmp_path / "data", model, shape=(4, 32, 32))
-    drops = []
-
-    def quantise(plain, inputs, score, max_drop, *_):
-        if tuple(plain.input(0).shape) != (1, 1, 32, 32):
-            return plain
-        bad = silenced(plain)
-        if score is not None:
-            assert score(runner(plain)) == 1 > score(runner(bad)) + 0.3
-            drops.append(max_drop)
-        return plain if len(drops) == 2 else bad
-
-    monkeypatch.setattr("nnunet_dyn.inference.parts.quantise", quantise)
-    found = export(model, data, tmp_path / "exported", limit=0.3)
-    assert found["layers_put_back"] and found["dice_drop"] < 0.3 < lost(capsys)
-    assert drops[0] == pytest.approx(2 * drops[1]) and 0.1 < drops[0] <= 0.5
-
-
 def lost(capsys) -> float:
     """Dice, before layers were put back."""
     lines = capsys.readouterr().err.splitlines()
@@ -103,11 +63,32 @@ def lost(capsys) -> float:
     return float(line.split("loses ")[1].split()[0])
 
 
-def test_layers_of_a_segmentor_are_put_back(tmp_path, capsys):
+@pytest.fixture
+def quantised(monkeypatch) -> list[tuple[str, bool, int]]:
+    """Every model that was quantised: its file, whether by a score, and how often it rounds."""
+    made, original = [], Part.quantised
+
+    def spy(part, threads, score=None, max_drop=0.0):
+        if score is not None:
+            assert score(runner(part.model, threads)) == 1 > score(runner(models_of_file[part.file], threads, "int8"))
+        result = original(part, threads, score, max_drop)
+        models_of_file.setdefault(part.file, result)
+        made.append((part.file, score is not None, quantisations(result)))
+        return result
+
+    models_of_file = {}
+    monkeypatch.setattr(Part, "quantised", spy)
+    return made
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_layers_of_a_segmentor_are_put_back(tmp_path, capsys, quantised, engine):
     """By NNCF, of a layer that int8 is too coarse for. What is left in bf16 an untrained network does not take well."""
+    pytest.importorskip(engine, reason="the extra of this engine is not installed")
 
     def prepare(network):
-        models.lose_in_int8(network.network.encoder)
+        first, second = network.network.encoder.stages[0][0].convs[:2]
+        models.lose_in_int8(first.norm, second.conv)
         give_every_class(network)
 
     template = json.loads((Path(plans_templates.__file__).parent / "roi_cascade.json").read_text())
@@ -116,5 +97,35 @@ def test_layers_of_a_segmentor_are_put_back(tmp_path, capsys):
     model = write_cascade(tmp_path / "results", str(tmp_path / "plain.json"), prepare=prepare)
     cases = [bright_cubes(CUBE, seed=seed) for seed in range(2)]
     data = write_preprocessed_cascade(tmp_path / "data", model, cases, training=1)
-    found = export(model, data, tmp_path / "exported", limit=0.5)
-    assert found["layers_put_back"] and found["dice_drop"] < 0.5 < lost(capsys)
+    found = export(model, data, tmp_path / "exported", 0.5, engine)
+    assert found["dice_drop"] < 0.5 < lost(capsys)
+    (file, *_), (_, is_searched, left) = quantised[0], quantised[1]
+    assert is_searched and left > 0 and found["layers_put_back"] == {file: quantised[0][2] - quantised[-1][2]}
+    assert found["layers_put_back"][file] > 0 and {name for name, *_ in quantised} == {file}
+
+
+def test_layers_of_a_network_that_crops_are_put_back(tmp_path, monkeypatch, quantised):
+    """By NNCF, of a stage of the crops."""
+
+    @torch.no_grad()
+    def prepare(network):
+        network.is_quantised.fill_(True)
+        block, head = network.backbone.encoder.stages[0][0], network.crop_tail.seg_layers[0]
+        models.lose_in_int8(block[3], block[5])
+        head.weight *= 10
+        head.bias -= network(torch.randn(4, 1, 32, 32)).mean((0, 2, 3))
+
+    monkeypatch.setattr(exporting, "_FALLBACK", (1 / 2,))
+    monkeypatch.setattr(exporting, "_SLICES", 3)
+    kwargs = {"base_features": 4, "blocks": [1, 1], "med_danet": {"policy_space": [16], "bits": [8]}}
+    options = {"dimension": 2, "patch_size": (32, 32), "mirroring": None, "prepare": prepare, "arch_kwargs": kwargs}
+    model = models.write_model(tmp_path / "m", trainer="nnUNetTrainerMedDANetV2", template="meddanetv2", **options)
+    data = write_preprocessed(tmp_path / "data", model, shape=(4, 32, 32), training=1, validation=1)
+    export(model, data, tmp_path / "exported", 0.0, "openvino", "--force")
+    assert json.loads((tmp_path / "exported" / "manifest.json").read_text())["calibration"]["fold_0"]["patches"] == 3
+    first = {file: count for file, is_searched, count in quantised if not is_searched}
+    searched = {file: count for file, is_searched, count in quantised if is_searched}
+    stages = [f"encoder.stages.{stage}.16x16" for stage in (0, 1)] + ["decoder.transpconvs.0.8x8"]
+    assert list(first) == [*(f"fold_0.backbone.{name}.int8.xml" for name in stages), "fold_0.crop_tail.32x32.int8.xml"]
+    stage = "fold_0.backbone.encoder.stages.0.16x16.int8.xml"
+    assert searched[stage] < first[stage]
