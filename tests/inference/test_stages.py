@@ -9,7 +9,7 @@ import torch
 from nnunet_dyn.architectures.med_danet import Decision, MedDANetV2, ModifiedUNet
 from nnunet_dyn.errors import JobError
 from nnunet_dyn.inference.conversion import scratch
-from nnunet_dyn.inference.stages import StagesEngine, _seen, _stages, convert_stages, precision_of
+from nnunet_dyn.inference.stages import StagesEngine, _fuse, _seen, _stages, convert_stages, precision_of
 from nnunet_dyn.quantization import FULL_PRECISION, current_width, quantized
 
 pytest.importorskip("openvino", reason="the extra nnunet-dyn[openvino] is not installed")
@@ -67,7 +67,8 @@ def test_crops_are_where_the_position_network_puts_them(slices, tmp_path):
         for where in network.position.where:
             where.weight *= 500
         probed = [network.probe(x)[1][0] for x in slices.split(1)]
-        first = torch.nn.Sequential(network.backbone.encoder.stem, network.backbone.encoder.stages[0])
+        _fuse(network, PATCH)
+        first = network.backbone.encoder.stages[0]
         with scratch(tmp_path) as own:
             seen = _seen(network, _stages(network), [x.numpy() for x in slices.split(1)], own)
             boxes = []
