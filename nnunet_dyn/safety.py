@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from math import inf, isinf, prod
 
 import numpy as np
@@ -212,9 +213,9 @@ class BoxCalibration:
         ratio: the boxes' voxels to those of boxes drawn around the targets; ``None`` where there is no target.
         cases: how many there were.
         unseen: classes that the cases have no voxels of.
-        left_out: of each class, the share of voxels inside any box in cases that the margin was not set on, each part
-            of the cases in turn. New ones may have less, as scores are chosen by it. Empty for a single case, and where
-            nothing was set.
+        left_out: of each class that other cases hold, too, the share of voxels inside any box in cases that the margin
+            was not set on, each part of the cases in turn. New ones may have less, as scores are chosen by it. Empty
+            for a single case, and where nothing was set.
         left_out_lost: components lost there, as ``lost_components``.
     """
 
@@ -230,6 +231,11 @@ class BoxCalibration:
     unseen: tuple[str, ...] = ()
     left_out: dict[str, float] = field(default_factory=dict)
     left_out_lost: int = 0
+
+    @property
+    def is_useless(self) -> bool:
+        """Whether the boxes leave hardly anything out. Crops are larger still, by what the segmentor's strides need."""
+        return self.volume > 0.5
 
     def to_json(self) -> dict:
         """The fields as JSON has them."""
@@ -257,6 +263,11 @@ class BoxCalibration:
             )
         if self.unseen:
             text += f" No voxels in the validation cases, so that nothing is known: {', '.join(self.unseen)}."
+        if self.is_useless:
+            text += (
+                " The segmentor will run nearly everywhere, and the cascade saves nothing on such cases. Train the "
+                "detector for longer, or on a fold whose validation cases hold every class."
+            )
         if not self.is_safe:
             text += " This is less than asked for: the segmentor will miss targets. Train the detector for longer."
         return text
@@ -266,13 +277,28 @@ class BoxCalibration:
 _Settings = Mapping[str, tuple[float, tuple[int, ...]]]
 
 
+#: Of each class, its components' voxels inside a box, and all of them: ``(2, components)``.
+_Held = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class _Targets:
+    """The components of one class in one case."""
+
+    component: np.ndarray  # (N,), from 0
+    cells: np.ndarray  # (N, axes)
+    voxels: np.ndarray  # (N,), of the component in the cell
+
+    def held(self, inside: np.ndarray) -> np.ndarray:
+        """Voxels of each component where ``inside: (N,)``, and all: ``(2, components)``."""
+        return np.stack([np.bincount(self.component, self.voxels * counts) for counts in (inside, True)])
+
+
 @dataclass(eq=False)  # two cases of one name are two, and arrays do not compare
 class _BoxCase:
     name: str
     shape: tuple[int, ...]
-    component: np.ndarray  # (N,), numbered over all cases
-    cells: np.ndarray  # (N, axes)
-    voxels: np.ndarray  # (N,)
+    targets: dict[str, _Targets]  # by class, of those that are there
     boxes: dict[float, dict[str, np.ndarray]]  # by threshold and class: (boxes, axes, 2)
     tight: np.ndarray
 
@@ -301,12 +327,54 @@ class _BoxCase:
         return int(inside.sum())
 
 
+class _Reach:
+    """Which margins of a class's boxes, taken from one score on, hold which voxels of its targets.
+
+    Attributes:
+        largest: the largest margin per axis.
+        part: of each component, the number of its case, modulo the number of parts.
+    """
+
+    def __init__(self, cases: Sequence[_BoxCase], label: str, threshold: float):
+        axes = len(cases[0].shape)
+        self.largest = [max(_LEAST_MARGIN, max(case.shape[axis] for case in cases) // 8) for axis in range(axes)]
+        part, component, voxels, cell, beyond = [], [], [], [], []
+        components = cells = 0
+        for number, case in enumerate(cases):
+            if (targets := case.targets.get(label)) is None:
+                continue
+            start, stop = case.boxes[threshold][label].transpose(2, 0, 1)
+            at = targets.cells[:, None]
+            outside = np.maximum(start - at, at + 1 - stop).clip(min=0)  # cells, boxes, axes
+            near = np.nonzero((outside <= self.largest).all(2))
+            cell.append(near[0] + cells)
+            beyond.append(outside[near].T)
+            component.append(targets.component + components)
+            voxels.append(targets.voxels)
+            part.append(np.full(targets.component.max() + 1, number % _PARTS))
+            components, cells = components + len(part[-1]), cells + len(targets.cells)
+        self.part, self._component, self._voxels, self._cell = (
+            np.concatenate([np.zeros(0, int), *each]) for each in (part, component, voxels, cell)
+        )
+        self._beyond = np.concatenate([np.zeros((axes, 0), int), *beyond], 1)
+        self._found: dict[tuple[int, ...], np.ndarray] = {}
+
+    def held(self, margin: tuple[int, ...]) -> np.ndarray:
+        """As :data:`_Held` has it of a class."""
+        if margin not in self._found:
+            inside = np.zeros(len(self._component), bool)
+            reached = (beyond <= more for beyond, more in zip(self._beyond, margin, strict=True))
+            inside[self._cell[np.logical_and.reduce(list(reached))]] = True
+            sums = [np.bincount(self._component, self._voxels * counts, len(self.part)) for counts in (inside, True)]
+            self._found[margin] = np.stack(sums)
+        return self._found[margin]
+
+
 class BoxEvidence:
     """What a detector finds in cases whose targets are known, on the detector's grid."""
 
     def __init__(self):
         self._cases: list[_BoxCase] = []
-        self._components: list[tuple[str, str]] = []  # case and class
 
     def add_case(
         self,
@@ -327,28 +395,25 @@ class BoxEvidence:
             boxes: without a margin, by the score threshold that they reach, then by class.
             tight: boxes around the targets.
         """
-        component, cells, voxels = [np.zeros(0, int)], [np.zeros((0, len(shape)), int)], [np.zeros(0, int)]
+        of_class = {}
         for label, components, corner in targets:
+            count = int(components.max(initial=0))
+            if not count:
+                continue
             at = np.nonzero(components)
             coarse = [
                 ((index + first + 0.5) * size / full).astype(int)
                 for index, first, size, full in zip(at, corner, shape, fine, strict=True)
             ]
-            count = int(components.max(initial=0))
             where = (count + 1, *shape)
-            keys, counts = np.unique(np.ravel_multi_index([components[at], *coarse], where), return_counts=True)
+            keys, voxels = np.unique(np.ravel_multi_index([components[at], *coarse], where), return_counts=True)
             number, *index = np.unravel_index(keys, where)
-            component.append(number + len(self._components) - 1)
-            cells.append(np.stack(index, 1))
-            voxels.append(counts)
-            self._components += [(case, label)] * count
+            of_class[label] = _Targets(number - 1, np.stack(index, 1), voxels)
         self._cases.append(
             _BoxCase(
                 case,
                 tuple(shape),
-                np.concatenate(component),
-                np.concatenate(cells),
-                np.concatenate(voxels),
+                of_class,
                 {
                     threshold: {label: _as_array(found, len(shape)) for label, found in of_score.items()}
                     for threshold, of_score in boxes.items()
@@ -372,7 +437,7 @@ class BoxEvidence:
             labels: every class that is to be found.
             min_coverage: share of the voxels of every class that must be inside a box.
             min_component: components of this many voxels or more must not be outside whole.
-            enough: with fewer cases, each class takes the next lower score, if there is one, and a voxel more on every
+            enough: a class that fewer cases hold takes the next lower score, if there is one, and a voxel more on every
                 side than these cases ask for.
 
         Raises:
@@ -382,33 +447,33 @@ class BoxEvidence:
             raise ValueError(f"min_coverage got {min_coverage}; expected a share from 0 to 1.")
         if not self._cases:
             raise ValueError("No cases to calibrate on. Expected one in the validation fold.")
-        parts = [self._cases[start::_PARTS] for start in range(min(_PARTS, len(self._cases)))]
-        parts = parts if len(parts) > 1 else []
+        parts = range(min(_PARTS, len(self._cases)) if len(self._cases) > 1 else 0)
 
         def badness(held: np.ndarray) -> tuple[int, float]:
-            return self._badness(held, min_coverage, min_component)
-
-        def left_out(of_parts: Sequence[_Settings]) -> np.ndarray:
-            held = np.full(len(self._components), np.nan)
-            for part, settings in zip(parts, of_parts, strict=True):
-                of_part = self._held(settings, part)
-                held = np.where(np.isnan(of_part), held, of_part)
-            return held
+            return self._badness({"": held}, min_coverage, min_component)
 
         def calibrated(label: str) -> tuple[_Settings, list[_Settings]]:
             """Score and margin of a class, and those that are set without each of the parts."""
             thresholds, least = sorted(self._cases[0].boxes, reverse=True), 0
-            if label in self._unseen(labels):  # everything that may be one is kept
+            holding = sum(label in case.targets for case in self._cases)
+            if not holding:  # everything that may be one is kept
                 thresholds, least = thresholds[-1:], _LEAST_MARGIN // 2
             candidates = []
             for threshold in thresholds:
-                found, *of_parts = (
-                    {label: (threshold, self._margin(label, threshold, least, cases, badness))}
-                    for cases in (self._cases, *([case for case in self._cases if case not in part] for part in parts))
-                )
-                of_all = self._held(found)
-                judged = left_out(of_parts) if parts else of_all
-                if len(self._cases) < enough and label not in self._unseen(labels):  # slack is not to be used up here
+                reach = _Reach(self._cases, label, threshold)
+                margin = partial(self._margin, reach, least, badness)
+                found = {label: (threshold, margin(reach.part >= 0))}
+                # Cases without the class set no margin, and so judge none.
+                others = [reach.part != part for part in parts]
+                of_parts = [{label: (threshold, margin(kept))} if kept.any() else {} for kept in others]
+                of_all = reach.held(found[label][1])
+                judged = [
+                    reach.held(of_part[label][1])[:, ~kept]
+                    for of_part, kept in zip(of_parts, others, strict=True)
+                    if of_part
+                ]
+                judged = np.concatenate(judged, 1) if judged else of_all
+                if 0 < holding < enough:  # slack is not to be used up here
                     found, *of_parts = map(self._with_slack, (found, *of_parts))
                 order = (*badness(of_all), *badness(judged), self._voxels(found), -threshold)
                 candidates.append((order, found, of_parts))
@@ -421,29 +486,24 @@ class BoxEvidence:
             of_parts = [so_far | more for so_far, more in zip(of_parts, without, strict=True)]
         scores, margins = ({label: one[place] for label, one in settings.items()} for place in (0, 1))
         found = self.measure(labels, scores, margins, min_coverage, min_component)
-        held = left_out(of_parts)
+        held = _joined(self._held(one, self._cases[part::_PARTS]) for part, one in zip(parts, of_parts, strict=True))
         return replace(
             found,
-            is_safe=found.is_safe and badness(held) == (0, -min_coverage),
+            is_safe=found.is_safe and self._badness(held, min_coverage, min_component) == (0, -min_coverage),
             left_out=self._coverage(held),
             left_out_lost=self._lost(held, min_component),
         )
 
+    @staticmethod
     def _margin(
-        self,
-        label: str,
-        threshold: float,
-        least: int,
-        cases: Sequence[_BoxCase],
-        badness: Callable[[np.ndarray], tuple[int, float]],
+        reach: _Reach, least: int, badness: Callable[[np.ndarray], tuple[int, float]], counts: np.ndarray
     ) -> tuple[int, ...]:
-        """The smallest margin per axis, of ``least`` voxels or more, that is no worse on ``cases`` than the largest."""
-        axes = len(self._cases[0].shape)
-        largest = [max(_LEAST_MARGIN, max(case.shape[axis] for case in self._cases) // 8) for axis in range(axes)]
-        margins = [tuple(min(step, limit) for limit in largest) for step in range(least, max(largest) + 1)]
+        """The smallest margin per axis, of ``least`` voxels or more, that is no worse for the components that count,
+        ``counts: (components,)``, than the largest."""
+        margins = [tuple(min(step, most) for most in reach.largest) for step in range(least, max(reach.largest) + 1)]
 
         def badness_of(margin: tuple[int, ...]) -> tuple[int, float]:
-            return badness(self._held({label: (threshold, margin)}, cases))
+            return badness(reach.held(margin)[:, counts])
 
         best = badness_of(margins[-1])
 
@@ -452,7 +512,7 @@ class BoxEvidence:
             return trials[bisect_left(trials, True, key=lambda margin: badness_of(margin) <= best)]
 
         margin = smallest(margins)
-        for axis in range(axes):
+        for axis in range(len(margin)):
             margin = smallest([(*margin[:axis], less, *margin[axis + 1 :]) for less in range(least, margin[axis] + 1)])
         return margin
 
@@ -481,12 +541,14 @@ class BoxEvidence:
             margin: of each class.
         """
         settings = {label: (score_threshold[label], tuple(margin[label])) for label in labels}
-        held, total = self._held(settings), self._total
-        shares = {}
-        for key in set(self._components):
-            own = [pair == key for pair in self._components]
-            shares[key] = float(held[own].sum() / total[own].sum())
-        worst = min(((value, *key) for key, value in shares.items()), default=(1.0, "", ""))
+        of_cases = [self._held(settings, [case]) for case in self._cases]
+        held = _joined(of_cases)
+        shares = [
+            (share, case.name, label)
+            for case, of_case in zip(self._cases, of_cases, strict=True)
+            for label, share in self._coverage(of_case).items()
+        ]
+        worst = min(shares, default=(1.0, "", ""))
         voxels, tight = self._voxels(settings), sum(case.union(case.tight) for case in self._cases)
         return BoxCalibration(
             {label: margin for label, (_, margin) in settings.items()},
@@ -501,45 +563,49 @@ class BoxEvidence:
             self._unseen(labels),
         )
 
-    @property
-    def _total(self) -> np.ndarray:
-        """Voxels of each component."""
-        count = len(self._components)
-        return sum((np.bincount(case.component, case.voxels, count) for case in self._cases), np.zeros(count))
-
-    def _held(self, settings: _Settings, cases: Sequence[_BoxCase] | None = None) -> np.ndarray:
-        """Those of each component that are inside any box of the classes in ``settings``; not a number for components
-        of other classes, and of other cases than ``cases``."""
-        held = np.full(len(self._components), np.nan)
-        asked = np.array([label in settings for _, label in self._components], bool)
-        for case in self._cases if cases is None else cases:
-            counts = asked[case.component]
-            component = case.component[counts]
-            held[np.unique(component)] = 0
-            np.add.at(held, component, case.voxels[counts] * case.inside(settings, case.cells[counts]))
-        return held
+    def _held(self, settings: _Settings, cases: Sequence[_BoxCase]) -> _Held:
+        """What of ``cases`` is inside any box of the classes in ``settings``, of those that are there."""
+        return _joined(
+            [
+                {
+                    label: targets.held(case.inside(settings, targets.cells))
+                    for label, targets in case.targets.items()
+                    if label in settings
+                }
+                for case in cases
+            ]
+        )
 
     def _voxels(self, settings: _Settings) -> int:
         """Voxels of the grid inside any box."""
         return sum(case.union(case.enlarged(settings)) for case in self._cases)
 
     def _unseen(self, labels: Collection[str]) -> tuple[str, ...]:
-        seen = {label for _, label in self._components}
-        return tuple(label for label in labels if label not in seen)
+        return tuple(label for label in labels if not any(label in case.targets for case in self._cases))
 
-    def _coverage(self, held: np.ndarray) -> dict[str, float]:
-        """Share of the voxels of each class, among the components that are known."""
-        known, total = ~np.isnan(held), self._total
-        names = np.array([label for _, label in self._components], dtype=object)
-        groups = {label: known & (names == label) for label in sorted(set(names[known]))}
-        return {label: float(held[group].sum() / total[group].sum()) for label, group in groups.items()}
+    @staticmethod
+    def _coverage(held: _Held) -> dict[str, float]:
+        """Share of the voxels of each class that has any."""
+        return {
+            label: float(inside.sum() / total.sum()) for label, (inside, total) in sorted(held.items()) if len(total)
+        }
 
-    def _lost(self, held: np.ndarray, min_component: int) -> int:
-        return int(((held == 0) & (self._total >= min_component)).sum())
+    @staticmethod
+    def _lost(held: _Held, min_component: int) -> int:
+        return sum(int(((inside == 0) & (total >= min_component)).sum()) for inside, total in held.values())
 
-    def _badness(self, held: np.ndarray, min_coverage: float, min_component: int) -> tuple[int, float]:
+    def _badness(self, held: _Held, min_coverage: float, min_component: int) -> tuple[int, float]:
         """What is to be lowest: components lost, then what the worst class lacks."""
         return self._lost(held, min_component), -min([min_coverage, *self._coverage(held).values()])
+
+
+def _joined(parts: Iterable[_Held]) -> _Held:
+    """The components of all ``parts``."""
+    of_class: dict[str, list[np.ndarray]] = {}
+    for part in parts:
+        for label, held in part.items():
+            of_class.setdefault(label, []).append(held)
+    return {label: np.concatenate(held, 1) for label, held in of_class.items()}
 
 
 def _as_array(boxes: Sequence, axes: int) -> np.ndarray:

@@ -252,6 +252,26 @@ class TestBoxes:
         lowest = self.evidence({0.5: [box]}).calibrate(["1"], enough=2)
         assert lowest.score_threshold == {"1": 0.5} and lowest.ratio == pytest.approx(7 * 8 * 9 / 125)
 
+    def test_slack_goes_by_the_cases_that_hold_the_class(self):
+        """Three cases have class 1, one has class 2, of which the others say nothing."""
+        of_both = {"1": [np.s_[5:10, 5:10, 5:10]], "2": [np.s_[12:14, 5:10, 5:10]]}
+        boxes = {
+            score: {"1": [((5, 10), (5, 10), (5, 10))], "2": [((12, 14), (5, 10), (6, 10))]} for score in (0.5, 0.3)
+        }
+        made = self.evidence(boxes, of_both)
+        for case in "bc":
+            self.add(made, boxes, {"1": of_both["1"]}, self.SHAPE, case)
+        found = made.calibrate(["1", "2"], enough=3)
+        assert found.margin == {"1": (0, 0, 0), "2": (1, 1, 2)} and found.score_threshold == {"1": 0.5, "2": 0.3}
+        assert found.left_out == {"1": 1.0} and found.is_safe
+
+    def test_boxes_of_most_of_the_volume_are_said_to_save_nothing(self):
+        made = self.evidence({0.5: [((0, 20), (0, 20), (0, 11))]})
+        found = made.calibrate(["1"])
+        assert found.is_safe and found.is_useless and "the cascade saves nothing" in str(found)
+        less = self.evidence({0.5: [((0, 20), (0, 20), (1, 11))]}).calibrate(["1"])
+        assert not less.is_useless and "saves nothing" not in str(less)
+
     def test_a_component_lost_in_a_case_left_out_is_not_safe(self):
         """Of 99.8 % of the voxels a whole target is missing, which a margin set on its own case holds."""
         large, small = np.s_[0:20, 0:20, 0:12], np.s_[0:10, 5:6, 14:15]
