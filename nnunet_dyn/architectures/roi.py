@@ -33,6 +33,11 @@ Box = tuple[tuple[int, int], ...]
 #: So one of five folds is enough where its tile has a tenth of the weight. Half precision holds the weighted sums.
 INSIDE, OUTSIDE = 16.0, 0.25
 
+#: The sides of a box around nothing: times those of another, or where there is none, as a share of the volume's.
+_FREE_TIMES, _FREE_SHARE = (0.5, 1.5), (0.05, 0.3)
+#: So many places are tried for it.
+_ATTEMPTS = 10
+
 #: So many boxes of one class are speckle, whose neighbours need not be told apart.
 SPECKLE = 512
 
@@ -266,6 +271,31 @@ def jitter(box: Box, shape: Sequence[int], rng: np.random.Generator, shrink: flo
         behind = min(int(size), stop + round(rng.uniform(low, high)))
         moved.append((first, behind) if first < behind else (start, stop))
     return tuple(moved)
+
+
+def free_boxes(labels: np.ndarray, own: Sequence[Box], count: int, rng: np.random.Generator) -> list[Box]:
+    """Boxes around nothing, as a detector's false ones: at random places where no voxel is above 0.
+
+    Args:
+        labels: ``(1, *spatial)`` as nnU-Net stores them, also on the disk: only what lies in boxes is read.
+        own: boxes whose sizes they have, half to one and a half times on each axis; where there are none, sizes are a
+            twentieth to three tenths of the volume's.
+        count: how many are looked for. One for which no place is found in ten attempts is left out.
+    """
+    shape, found = np.array(labels.shape[1:]), []
+    for _ in range(count):
+        for _ in range(_ATTEMPTS):
+            if own:
+                extent = np.array(box_size(own[rng.integers(len(own))])) * rng.uniform(*_FREE_TIMES, len(shape))
+            else:
+                extent = shape * rng.uniform(*_FREE_SHARE, len(shape))
+            size = np.clip(extent.round(), 1, shape).astype(int)
+            first = rng.integers(0, shape - size + 1)
+            (box,) = _as_boxes(first[None], (first + size)[None])
+            if not (labels[(0, *box_slices(box))] > 0).any():
+                found.append(box)
+                break
+    return found
 
 
 def box_size(box: Box) -> tuple[int, ...]:

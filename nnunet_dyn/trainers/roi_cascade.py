@@ -37,11 +37,14 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_dyn.architectures.roi import (
     Box,
     DetectorNetwork,
+    box_slices,
     component_boxes,
     connected_targets,
+    free_boxes,
     intersection,
     jitter,
     label_boxes,
+    read_boxes,
     shifted,
     volume,
 )
@@ -64,6 +67,15 @@ DISTRIBUTED = {"find_unused_parameters": True, "broadcast_buffers": False}
 SCORES = (0.5, 0.3, 0.2, 0.15, 0.12, 0.1, 0.05)
 #: The margin of boxes that are not calibrated; their score is the lowest one.
 _SAFE_MARGIN = 4
+
+#: Share of the labels' boxes that are as loose as those of a detector that is badly calibrated, and how far a side of
+#: them moves outwards at most, as a share of the box's extent on that axis.
+LOOSE_SHARE, LOOSE_GROWTH = 0.25, 1.0
+#: Share of the cases that get boxes around nothing beside the labels' (each case without targets does), and how many
+#: at most.
+FREE_SHARE, MOST_FREE = 0.5, 3
+#: Share of the tiles of a case with boxes around nothing that are placed on one of those.
+FREE_TILES = 0.4
 
 
 def build_roi_cascade(
@@ -125,24 +137,67 @@ class _GateDataset(nnUNetBaseDataset):
     boxes: Mapping[str, Mapping[int, Sequence[Box]]] | None = None
     is_switched = None
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._free: dict[str, list[Box]] = {}
+
     def has_prediction(self, identifier: str) -> bool:
         """Whether the detector has predicted this case."""
         folder = self.folder_with_segs_from_previous_stage
         return any(os.path.isfile(os.path.join(folder, identifier + ending)) for ending in (".b2nd", ".npz", ".npy"))
 
     def load_case(self, identifier: str):
-        """As nnU-Net's; the previous stage is ``(*spatial)``, labels in boxes, jittered if they are the labels' own."""
-        waits = self.is_switched is not None and not self.is_switched.value
-        if self.boxes is None or (self.has_prediction(identifier) and not waits):
+        """As nnU-Net's; the previous stage is ``(*spatial)``, labels in boxes, by :func:`draw_gate` if they are the
+        labels' own.
+
+        Where some of the boxes hold no target, it is they instead of targets that some tiles are placed on.
+        """
+        if self.boxes is None:
             return super().load_case(identifier)
-        data, seg, _, properties = self.host(self.source_folder, [identifier]).load_case(identifier)
-        shape = data.shape[1:]
         rng = np.random.default_rng(np.random.randint(2**31))  # nnU-Net seeds each worker's own
-        moved = [(label, jitter(box, shape, rng)) for label, boxes in self.boxes[identifier].items() for box in boxes]
-        gate = np.zeros(shape, np.uint8 if max(self.boxes[identifier], default=0) < 256 else np.int16)
-        for label, box in sorted(moved, key=lambda pair: -volume(pair[1])):
-            gate[tuple(slice(*axis) for axis in box)] = label
+        waits = self.is_switched is not None and not self.is_switched.value
+        if self.has_prediction(identifier) and not waits:
+            data, seg, gate, properties = super().load_case(identifier)
+            if identifier not in self._free:
+                found = [box for boxes in read_boxes(np.asarray(gate[:])).values() for box in boxes]
+                self._free[identifier] = [box for box in found if not (seg[(0, *box_slices(box))] > 0).any()]
+            free = self._free[identifier]
+        else:
+            data, seg, _, properties = self.host(self.source_folder, [identifier]).load_case(identifier)
+            gate, free = draw_gate(seg, self.boxes[identifier], rng)
+        if free and rng.random() < FREE_TILES:
+            voxels = [[0, *(rng.integers(*axis) for axis in box)] for box in free]
+            properties = properties | {"class_locations": {"no target": np.array(voxels)}}
         return data, seg, gate, properties
+
+
+def draw_gate(
+    labels: np.ndarray, boxes: Mapping[int, Sequence[Box]], rng: np.random.Generator
+) -> tuple[np.ndarray, list[Box]]:
+    """What a detector might have said of a case, made of the boxes of its labels.
+
+    Most boxes are those of a good detector, some as loose as a bad one's, and some of no target at all.
+
+    Args:
+        labels: ``(1, *spatial)``.
+        boxes: of the targets of each class, by label; a class that the case has not has none.
+
+    Returns:
+        ``(*spatial)`` labels in boxes, of which smaller ones win, and the boxes without a target.
+    """
+    shape, own = labels.shape[1:], [(label, box) for label, found in boxes.items() for box in found]
+    drawn = []
+    for label, box in own:
+        options = {"grow": LOOSE_GROWTH} if rng.random() < LOOSE_SHARE else {}
+        drawn.append((label, jitter(box, shape, rng, **options)))
+    free = []
+    if not own or rng.random() < FREE_SHARE:
+        free = free_boxes(labels, [box for _, box in own], rng.integers(1, MOST_FREE + 1), rng)
+        drawn += [(int(rng.choice(list(boxes))), box) for box in free]
+    gate = np.zeros(shape, np.uint8 if max(boxes, default=0) < 256 else np.int16)
+    for label, box in sorted(drawn, key=lambda pair: -volume(pair[1])):
+        gate[box_slices(box)] = label
+    return gate, free
 
 
 class GateDatasetBlosc2(_GateDataset, nnUNetDatasetBlosc2):
@@ -161,7 +216,7 @@ class ROICascadeTrainer(CalibratedTrainer):
     """Trains the detector (``3d_detect``), then the segmentor of its boxes (``3d_roi``); the plans say which.
 
     The segmentor learns on boxes of the labels, moved and resized at random, so that it need not wait for the detector.
-    For the last epochs it takes the detector's boxes, if those of every case are there.
+    For the last epochs it takes the detector's boxes of the cases that have them.
 
     Attributes:
         min_coverage: share of the voxels of every class that the detector's boxes must hold.
@@ -195,9 +250,12 @@ class ROICascadeTrainer(CalibratedTrainer):
             self.oversample_foreground_percent = 0.0  # it would move the volume, which fills the patch, out of it
             self.initial_lr = self.detector_lr
         else:
-            self.oversample_foreground_percent = 1.0  # a tile without a gate is background, which teaches nothing
+            self.oversample_foreground_percent = (
+                1.0  # on targets or boxes around none; a tile without a gate teaches nothing
+            )
         self._starts_anew = True
         self._is_switched = multiprocessing.Value("b", 0)
+        self._predicted: int | None = None
 
     # --- set-up ---
 
@@ -395,16 +453,19 @@ class ROICascadeTrainer(CalibratedTrainer):
         super().on_train_epoch_start()
         if self.is_detector or self.current_epoch < int((1 - self.fine_tuning) * self.num_epochs):
             return
-        if not self._is_switched.value:
-            dataset = self._training
-            missing = [key for key in dataset.identifiers if not dataset.has_prediction(key)]
-            if not missing:
-                self._is_switched.value = 1
-                self.print_to_log_file("Fine-tuning on the boxes of the detector, which stays as it is.")
-            elif self.current_epoch == int((1 - self.fine_tuning) * self.num_epochs):
+        self._is_switched.value = 1
+        cases = self._training.identifiers
+        predicted = sum(map(self._training.has_prediction, cases))
+        if predicted != self._predicted:
+            self._predicted = predicted
+            self.print_to_log_file(
+                f"Fine-tuning on the boxes of the detector, which stays as it is, in {predicted} of {len(cases)} "
+                "training cases."
+            )
+            if predicted < len(cases):
                 self.print_to_log_file(
-                    f"The detector has not predicted {len(missing)} of {len(dataset.identifiers)} training cases, so "
-                    "the boxes of the labels go on. Train 3d_detect on every fold first to fine-tune on its boxes."
+                    "On the others the boxes of the labels go on. Train "
+                    f"{self.configuration_manager.previous_stage_name} on every fold first to have the detector's."
                 )
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:

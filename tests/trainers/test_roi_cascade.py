@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from plans import plans_manager
 from training import LABELS, steps, trainer_class
 
-from nnunet_dyn.architectures.roi import Detection
+from nnunet_dyn.architectures.roi import Detection, box_size, box_slices, read_boxes
 from nnunet_dyn.architectures.roi_detectors import LowResDetector
 from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
 from nnunet_dyn.architectures.triplane import TriPlaneDetector
@@ -24,7 +25,7 @@ from nnunet_dyn.errors import JobError
 from nnunet_dyn.planning import derived_architecture
 from nnunet_dyn.plans_templates import load_template
 from nnunet_dyn.trainers import roi_cascade
-from nnunet_dyn.trainers.roi_cascade import GateDatasetBlosc2, boxes_of_case
+from nnunet_dyn.trainers.roi_cascade import GateDatasetBlosc2, boxes_of_case, draw_gate
 
 NAME = "nnUNetTrainerROICascade_5epochs_2iters"
 CASES = ("case_0", "case_1", "case_2")
@@ -231,44 +232,68 @@ class TestSegmentor:
         dataset = trainer.dataloader_train.data_loader._data
         drawn = [dataset.load_case("case_0")[2] for _ in range(20)]
         assert len({gate.tobytes() for gate in drawn}) > 10  # jittered
-        held = np.mean([(gate == label)[part].mean() for gate in drawn for label, part in BOXES.items()])
+        held = np.mean([(gate > 0)[part].mean() for gate in drawn for part in BOXES.values()])
         assert held > 0.95
-        assert all(0.03 < (gate > 0).mean() < 0.35 for gate in drawn)
+        assert 0.03 < np.median([(gate > 0).mean() for gate in drawn]) < 0.5
         path = Path(trainer.output_folder_base, "label_boxes.json")
         assert set(json.loads(path.read_text())) == set(CASES)
         assert all("label_boxes" not in name for name in os.listdir(trainer.preprocessed_dataset_folder))
 
     def test_fine_tuning_on_the_detectors_boxes(self, make):
-        """The switch reaches data sets in other processes; it waits for all training cases."""
+        """The switch reaches data sets in other processes, and the cases that the detector has predicted."""
         trainer = make("3d_roi")
         steps(trainer, 0)
         boxes = predict(trainer, CASES[:1])
         dataset = trainer.dataloader_train.data_loader._data
-        trainer.current_epoch = 4
-        trainer.on_train_epoch_start()
-        assert not np.array_equal(dataset.load_case("case_0")[2], boxes)
-        log = Path(trainer.log_file).read_text()
-        assert "has not predicted 1 of 2 training cases" in log
-        predict(trainer, CASES[1:2])
+        trainer.do_split = None  # which reads files and fills the log, once an epoch
         trainer.current_epoch = 3
         trainer.on_train_epoch_start()
-        assert not trainer._is_switched.value
-        trainer.do_split = None  # which reads files and fills the log, once an epoch
+        assert not np.array_equal(dataset.load_case("case_0")[2], boxes)
         context = multiprocessing.get_context("fork")
         ready, answers = context.Event(), context.Queue()
 
         def worker():
             ready.wait(60)
-            answers.put(np.array_equal(dataset.load_case("case_0")[2][:], boxes))
+            answers.put([np.array_equal(dataset.load_case(case)[2][:], boxes) for case in CASES[:2]])
 
         process = context.Process(target=worker)
         process.start()
         trainer.current_epoch = 4
         trainer.on_train_epoch_start()
         ready.set()
-        assert answers.get(timeout=60) is True
+        assert answers.get(timeout=60) == [True, False]
         process.join()
+        predict(trainer, CASES[1:2])
+        for _ in range(2):
+            trainer.on_train_epoch_start()
         assert np.array_equal(dataset.load_case("case_1")[2][:], boxes)
+        log = Path(trainer.log_file).read_text()
+        assert [log.count(f"in {number} of 2 training cases.") for number in (1, 2)] == [1, 1]
+        assert log.count("the boxes of the labels go on. Train 3d_detect on every fold first") == 1
+
+    def test_some_tiles_lie_on_boxes_around_nothing(self, make, monkeypatch):
+        """On those drawn beside the labels' as on the detector's."""
+        trainer = make("3d_roi")
+        steps(trainer, 0)
+        dataset = trainer.dataloader_train.data_loader._data
+        monkeypatch.setattr(roi_cascade, "FREE_TILES", 1)
+
+        def voxels_without_target(tries):
+            for _ in range(tries):
+                _, segmentation, gate, properties = dataset.load_case("case_0")
+                for voxel in properties["class_locations"].get("no target", ()):
+                    assert gate[tuple(voxel[1:])] > 0 and segmentation[tuple(voxel)] == 0
+                    yield tuple(voxel[1:])
+
+        assert len(set(voxels_without_target(30))) > 10
+        predict(trainer, CASES[:1])
+        trainer._is_switched.value = 1
+        found = np.array(list(voxels_without_target(10)))
+        assert len(found) == 10 and (found >= [10, 10, 0]).all() and (found < [14, 14, 4]).all()
+        trainer.dataloader_train.data_loader.indices = ["case_0"]
+        assert (next(trainer.dataloader_train)["data"][:, 1].flatten(1) > 0).any(1).all()
+        monkeypatch.setattr(roi_cascade, "FREE_TILES", 0)
+        assert not list(voxels_without_target(10))
 
     def test_validation_cases_take_the_detectors_boxes_at_once(self, make):
         trainer = make("3d_roi")
@@ -321,6 +346,54 @@ class TestSegmentor:
         assert trainer._label_boxes(["case_0"])["case_0"][1][0][0] == (0, 20)
         os.utime(Path(trainer.preprocessed_dataset_folder, "case_0.pkl"), (1, 1))
         assert trainer._label_boxes(["case_0"]) == first
+
+
+class TestGatesOfLabels:
+    shape = (40, 48, 40)
+    boxes: ClassVar = {1: [((4, 12), (4, 12), (4, 12))], 2: [((20, 30), (20, 30), (20, 30))], 3: []}
+
+    def drawn(self, boxes, count=400):
+        labels, rng = np.zeros((1, *self.shape), np.int16), np.random.default_rng(0)
+        for label, found in boxes.items():
+            for box in found:
+                labels[(0, *box_slices(box))] = label
+        return labels, [draw_gate(labels, boxes, rng) for _ in range(count)]
+
+    def test_some_boxes_are_as_loose_as_a_bad_detectors(self):
+        """More than a quarter of its extent beyond any side goes none of the others."""
+        _, drawn = self.drawn({1: self.boxes[1]})
+        alone = [gate for gate, free in drawn if not free]
+        (boxes,) = zip(*(read_boxes(gate)[1] for gate in alone), strict=True)
+        beyond = np.array([[(4 - start, stop - 12) for start, stop in box] for box in boxes])
+        assert beyond.min() >= -1 and 5 < beyond.max() <= 8
+        is_loose = (beyond > 2).any((1, 2))
+        assert 0.15 < is_loose.mean() < 0.35
+        assert beyond[is_loose].mean() > 3 * beyond[~is_loose].mean() > 0
+
+    def test_half_of_the_cases_have_boxes_without_a_target(self):
+        labels, drawn = self.drawn(self.boxes)
+        counts = np.bincount([len(free) for _, free in drawn], minlength=4) / len(drawn)
+        assert len(counts) == 4 and counts[0] == pytest.approx(0.5, abs=0.08) and (counts[1:] > 0.08).all()
+        kinds, sizes, places = set(), [], set()
+        for gate, free in drawn:
+            for box in free:
+                assert not labels[(0, *box_slices(box))].any() and gate[box_slices(box)].all()
+                kinds |= set(np.unique(gate[box_slices(box)]).tolist())
+                sizes.append(box_size(box))
+                places.add(box)
+        assert kinds == {1, 2, 3} and len(places) > 0.9 * len(sizes)
+        assert np.min(sizes) >= 4 and np.max(sizes) <= 15 and np.std(sizes) > 2
+
+    def test_a_case_without_targets_has_nothing_else(self):
+        _, drawn = self.drawn({1: [], 2: []}, count=100)
+        shares = np.array([box_size(free[0]) for _, free in drawn]) / self.shape
+        assert shares.min() >= 0.04 and shares.max() <= 0.32
+        assert {label for gate, _ in drawn for label in np.unique(gate)} == {0, 1, 2}
+
+    def test_where_there_is_no_place_there_is_no_box(self):
+        labels = np.ones((1, 8, 8, 8), np.int16)
+        gate, free = draw_gate(labels, {1: [((0, 8),) * 3]}, np.random.default_rng(1))
+        assert free == [] and gate.all()
 
 
 def test_data_sets_travel_to_workers():
