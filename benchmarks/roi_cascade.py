@@ -82,7 +82,7 @@ def plan_cascade(name: str, args: argparse.Namespace) -> None:
     if not plans.exists():
         template = json.loads((TEMPLATES / "roi_cascade.json").read_text())
         if args.network is not None:
-            template["arch_kwargs"]["network_class"] = args.network
+            template["arch_kwargs"] |= {"network_class": args.network} | args.network_options
         if args.detector_voxels is not None:
             template["configurations"]["3d_detect"]["whole_volume"]["max_voxels"] = args.detector_voxels
         (raw / "roi_cascade.json").write_text(json.dumps(template))
@@ -529,6 +529,7 @@ def main() -> None:
         one.add_argument("folder", type=Path, help="where everything is kept")
         one.add_argument("--output", type=Path, help="JSON with the numbers")
         one.add_argument("--network", help="dotted path of the segmentor's network (default: the template's)")
+        one.add_argument("--network-options", type=json.loads, default={}, help='of it, such as {"encoder": "v2s"}')
         one.add_argument("--detector-voxels", type=int, help="that its patch has at most (default: the template's)")
         one.add_argument("--features", type=int, help="width of the first stage (default: the plans')")
         one.add_argument("--max-features", type=int, default=128)
