@@ -519,7 +519,7 @@ def main() -> None:
     part.add_argument("--sizes", type=int, nargs="+", default=[128, 192, 256, 320], help="of growing volumes")
     part.add_argument("--target", type=int, default=48, help="voxels of a side of the target in them")
     part.add_argument("--targets", type=int, nargs="+", default=[16, 32, 64, 128], help="that grow in --size")
-    part.add_argument("--measure", nargs="+", choices=MEASURED, default=list(MEASURED))
+    part.add_argument("--measure", nargs="*", choices=MEASURED, default=list(MEASURED))
     part.add_argument("--detector-epochs", type=int, default=2)
     part.add_argument("--iterations", type=int, default=30, help="an epoch of the detector (default: %(default)s)")
     for one in (parts.choices["accuracy"], parts.choices["ablation"]):
