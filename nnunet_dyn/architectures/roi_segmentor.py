@@ -8,7 +8,8 @@ Efficient 3D Medical Image Segmentation", Section 3.2.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -110,7 +111,9 @@ def _gate_boxes(gate: Iterable[np.ndarray]) -> list[Box]:
 
     A box of the detector may hold another label's, or meet it at an edge; it is a box of its own all the same.
     """
-    return [box for channel in gate for box in component_boxes(*connected_targets(channel, connectivity=1))]
+    return [
+        box for channel in gate if channel.any() for box in component_boxes(*connected_targets(channel, connectivity=1))
+    ]
 
 
 def fit_box(box: Box, patch: Sequence[int], divisor: Sequence[int], least: Sequence[int], aligned: bool) -> Box:
@@ -347,11 +350,11 @@ class ROISegmentor(nn.Module):
         Args:
             x: ``(B, input_channels, *patch)``; voxels above 1/2 in any channel of the gate are to be segmented.
         """
-        is_gate = x[:, self.image_channels :] > 0.5
-        has_any = is_gate.flatten(1).any(1).tolist()
+        gate = x[:, self.image_channels :]
+        is_present = (gate.flatten(2).amax(2) > 0.5).cpu()  # of many classes few are in a tile
         return [
-            self.decide_gate(tile.cpu().numpy()) if has else ROIDecision()
-            for tile, has in zip(is_gate, has_any, strict=True)
+            self.decide_gate((tile[present] > 0.5).cpu().numpy()) if present.any() else ROIDecision()
+            for tile, present in zip(gate, is_present, strict=True)
         ]
 
     def decide_gate(self, gate: np.ndarray) -> ROIDecision:
@@ -486,7 +489,8 @@ class ROISegmentor(nn.Module):
 
     def segment_crops(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """What the network says of crops of one size, ``(B, image_channels, *size)``; an engine puts itself here."""
-        return self.network(x)
+        with without_benchmark():
+            return self.network(x)
 
     def variant(self, size: Size) -> tuple[int, ...]:
         """What the network's operators depend on, of an input of ``size``: the active stages of a network that skips
@@ -521,6 +525,20 @@ class ROISegmentor(nn.Module):
                 for module, mode in modes.items():
                     module.training = mode
         return self._counts[size]
+
+
+@contextmanager
+def without_benchmark() -> Iterator[None]:
+    """cuDNN does not time its algorithms in here, as nnU-Net has it do: of crops every size would be timed anew.
+
+    ``torch.backends.cudnn.flags`` would set its other flags, too.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

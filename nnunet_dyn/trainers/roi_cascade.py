@@ -49,7 +49,7 @@ from nnunet_dyn.architectures.roi import (
     volume,
 )
 from nnunet_dyn.architectures.roi_detectors import LowResDetector
-from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
+from nnunet_dyn.architectures.roi_segmentor import ROISegmentor, without_benchmark
 from nnunet_dyn.errors import JobError
 from nnunet_dyn.planning import build_network
 from nnunet_dyn.safety import BoxCalibration, BoxEvidence
@@ -212,6 +212,29 @@ class GateDatasetNumpy(_GateDataset, nnUNetDatasetNumpy):
     host = nnUNetDatasetNumpy
 
 
+class _WholeVolumeDataset(nnUNetBaseDataset):
+    """nnU-Net's data set for a patch that holds the volume, which is to lie in its middle.
+
+    With an ignore label nnU-Net's loader places every patch on an annotated voxel, forced onto the foreground or not,
+    which moves a part of the volume out of it.
+    """
+
+    def load_case(self, identifier: str):
+        """As nnU-Net's; of every class the volume's middle is the one voxel to place a patch on."""
+        data, segmentation, previous, properties = super().load_case(identifier)
+        middle = np.array([[0, *(size // 2 for size in data.shape[1:])]])
+        locations = dict.fromkeys(properties["class_locations"], middle)
+        return data, segmentation, previous, properties | {"class_locations": locations}
+
+
+class WholeVolumeDatasetBlosc2(_WholeVolumeDataset, nnUNetDatasetBlosc2):
+    """For data that nnU-Net has stored by Blosc2."""
+
+
+class WholeVolumeDatasetNumpy(_WholeVolumeDataset, nnUNetDatasetNumpy):
+    """For data that nnU-Net has stored by NumPy."""
+
+
 class ROICascadeTrainer(CalibratedTrainer):
     """Trains the detector (``3d_detect``), then the segmentor of its boxes (``3d_roi``); the plans say which.
 
@@ -253,7 +276,7 @@ class ROICascadeTrainer(CalibratedTrainer):
             self.oversample_foreground_percent = (
                 1.0  # on targets or boxes around none; a tile without a gate teaches nothing
             )
-        self._starts_anew = True
+        self._is_loaded = False
         self._is_switched = multiprocessing.Value("b", 0)
         self._predicted: int | None = None
 
@@ -270,19 +293,25 @@ class ROICascadeTrainer(CalibratedTrainer):
             self.module.set_labels(manager.has_regions, manager.ignore_label)
             self.take_safe_settings()
             self.loss = self._detector_loss
-            if self._starts_anew:
-                self.module.load_pretrained()
+            # nnU-Net loads a checkpoint, or weights of another training, behind this.
+            self.module.register_load_state_dict_post_hook(lambda *_: setattr(self, "_is_loaded", True))
         else:
             self.module.set_regions(manager.has_regions)
-            is_blosc2 = issubclass(infer_dataset_class(self.preprocessed_dataset_folder), nnUNetDatasetBlosc2)
+        is_blosc2 = issubclass(infer_dataset_class(self.preprocessed_dataset_folder), nnUNetDatasetBlosc2)
+        if self.is_detector:
+            self.dataset_class = WholeVolumeDatasetBlosc2 if is_blosc2 else WholeVolumeDatasetNumpy
+        else:
             self.dataset_class = GateDatasetBlosc2 if is_blosc2 else GateDatasetNumpy
         if self.is_ddp:
             options = DISTRIBUTED | {"find_unused_parameters": not self.is_detector}
             self.network = DistributedDataParallel(self.module, device_ids=[self.local_rank], **options)
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        self._starts_anew = False
-        super().load_checkpoint(filename_or_checkpoint)
+    def on_train_start(self) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        if self.is_detector and not self._is_loaded:
+            self.module.load_pretrained()
+        super().on_train_start()
 
     def _do_i_compile(self) -> bool:
         return False  # what runs depends on the data
@@ -327,7 +356,9 @@ class ROICascadeTrainer(CalibratedTrainer):
     def train_step(self, batch: dict) -> dict:
         if self.is_detector:
             self.module.give_masks(batch["target"].to(self.device, non_blocking=True))
-        return super().train_step(batch)
+            return super().train_step(batch)
+        with without_benchmark():  # on the way back, too
+            return super().train_step(batch)
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
@@ -365,6 +396,27 @@ class ROICascadeTrainer(CalibratedTrainer):
         """A checkpoint that is not calibrated takes too much rather than too little."""
         self._set_boxes(SCORES[-1], [_SAFE_MARGIN] * len(self.module.patch_size))
         return f"the boxes are taken from a score of {SCORES[-1]} on with a margin of {_SAFE_MARGIN} voxels"
+
+    def _expect_calibration(self) -> None:
+        """Raises JobError where score and margin of every class are the safe ones, and calibration did not ask so."""
+        classes = slice(self.module.classes.start, None)
+        scores, margins = (each[classes].tolist() for each in (self.module.score_threshold, self.module.margin))
+        is_safe = np.allclose(scores, SCORES[-1]) and np.all(np.equal(margins, _SAFE_MARGIN))
+        path = Path(self.output_folder, "calibration.json")
+        if is_safe and path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            is_asked = list(found["margin"].values()) == margins and np.allclose(
+                list(found["score_threshold"].values()), scores
+            )
+            is_safe = not is_asked
+        if is_safe:
+            raise JobError(
+                "Validation got a detector that is not calibrated, as checkpoint_best is, or one whose calibration "
+                f"failed (see the log); its boxes, taken from a score of {SCORES[-1]} on with a margin of "
+                f"{_SAFE_MARGIN} voxels, may be most of a volume, and would replace those that the next stage has. "
+                "Expected the calibrated checkpoint_final. Leave --val_best out; where calibration failed, run this "
+                "command with --c, which repeats it."
+            )
 
     @torch.no_grad()
     def calibrate(self) -> BoxCalibration:
@@ -472,9 +524,12 @@ class ROICascadeTrainer(CalibratedTrainer):
         """nnU-Net's, on the detector's boxes.
 
         Raises:
-            JobError: the detector has not predicted all validation cases. Boxes of the labels would tell the truth.
+            JobError: a detector that is not calibrated, whose boxes would be handed to the segmentor. Or it has not
+                predicted all validation cases; boxes of the labels would tell the truth.
         """
-        if not self.is_detector:
+        if self.is_detector:
+            self._expect_calibration()
+        else:
             dataset = self.dataset_class(
                 self.preprocessed_dataset_folder, self.do_split()[1], self.folder_with_segs_from_previous_stage
             )

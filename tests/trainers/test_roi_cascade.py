@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from plans import plans_manager
@@ -70,6 +71,7 @@ def make(tmp_path, monkeypatch):
             image = (segmentation + rng.normal(0, 0.1, segmentation.shape)).astype(np.float32)
             locations = {label: np.argwhere(segmentation == label) for label in BOXES}
             locations[(1, 2)] = np.argwhere(segmentation > 0)
+            locations[(-1, 0, 1)] = np.subtract(segmentation.shape, 1)[None]  # annotated, where label 2 is ignored
             blocks = comp_blosc2_params(image.shape, (16,) * 3, image.itemsize)
             nnUNetDatasetBlosc2.save_case(
                 image, segmentation, {"class_locations": locations}, str(base / folder / case), blocks[1], blocks[0]
@@ -128,13 +130,25 @@ class TestDetector:
         assert scores == pytest.approx(list(written["score_threshold"].values()))
         assert checkpoint["inference_allowed_mirroring_axes"] is None
 
-    def test_the_volume_stays_in_the_patch(self, make):
-        """Volumes of 10 × 12 × 10 voxels in a patch of 12: every target is in every sample that is not turned."""
-        trainer = make("3d_detect")
+    @pytest.mark.parametrize("labels", ["classes", "ignore"])
+    def test_the_volume_stays_in_the_patch(self, make, labels):
+        """Volumes of 10 × 12 × 10 voxels in a patch of 12: all of them is in every sample that is not turned.
+
+        With an ignore label nnU-Net would place it on an annotated voxel, here in a corner.
+        """
+        trainer = make("3d_detect", LABELS[labels])
         trainer.initialize()
-        _, validation = trainer.get_dataloaders()
+        for loader in trainer.get_dataloaders():
+            inner = loader.data_loader
+            for key in CASES:
+                _, segmentation, _, properties = inner._data.load_case(key)
+                for _ in range(3):
+                    box = inner.get_bbox(segmentation.shape[1:], False, properties["class_locations"])
+                    room = np.subtract(inner.patch_size, segmentation.shape[1:])
+                    assert np.abs(np.array(box[0]) + room / 2).max() <= 0.5  # as much on either side
+            assert inner.has_ignore == (labels == "ignore")
         for _ in range(5):
-            assert {1, 2} <= set(next(validation)["target"].unique().tolist())
+            assert {1, 2} <= set(next(loader)["target"].unique().tolist())
 
     def test_volumes_are_turned_less_and_never_mirrored(self, make):
         """Nor are they in prediction; a right organ that is mirrored looks like the left one."""
@@ -209,14 +223,44 @@ class TestDetector:
 
 
 def test_pretrained_weights_are_fetched_when_a_training_starts_anew(make, monkeypatch, tmp_path):
+    """And has no weights yet, of a checkpoint or by -pretrained_weights, which nnU-Net loads into the made network."""
     fetched = []
     monkeypatch.setattr(LowResDetector, "load_pretrained", lambda self: fetched.append(1))
+    monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
+    trainer, path = make("3d_detect"), str(tmp_path / "checkpoint.pth")
+    trainer.initialize()
+    assert fetched == []
+    trainer.save_checkpoint(path)
+    trainer.on_train_start()
+    assert fetched == [1]
+    for load in (
+        lambda trainer: trainer.load_checkpoint(path),
+        lambda trainer: load_pretrained_weights(trainer.network, path),
+    ):
+        again = make("3d_detect")
+        again.initialize()
+        load(again)
+        again.on_train_start()
+    assert fetched == [1]
+    make("3d_detect").on_train_start()
+    assert fetched == [1, 1]
+
+
+@pytest.mark.parametrize("asked", [None, 0.1, 0.05])
+def test_boxes_that_are_not_calibrated_are_handed_to_nobody(make, monkeypatch, asked):
+    """Except where calibration asks for the same."""
+    validated = []
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda *_: validated.append(1))
     trainer = make("3d_detect")
     trainer.initialize()
-    assert fetched == [1]
-    trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
-    make("3d_detect").load_checkpoint(str(tmp_path / "checkpoint.pth"))
-    assert fetched == [1]
+    if asked is not None:
+        found = {"score_threshold": dict.fromkeys("12", asked), "margin": {key: [4] * 3 for key in "12"}}
+        Path(trainer.output_folder, "calibration.json").write_text(json.dumps(found))
+    with contextlib.nullcontext() if asked == 0.05 else pytest.raises(JobError, match=r"Leave --val_best out"):
+        trainer.perform_actual_validation()
+    trainer._set_boxes(0.05, [4, 4, 3], 2)
+    trainer.perform_actual_validation()
+    assert len(validated) == (2 if asked == 0.05 else 1)
 
 
 class TestSegmentor:
@@ -313,6 +357,21 @@ class TestSegmentor:
         )
         with pytest.raises(FileNotFoundError):
             bare.load_case("case_2")
+
+    def test_cudnn_times_no_sizes_of_crops(self, make, monkeypatch):
+        """Neither on the way there nor back, though nnU-Net's commands ask it to."""
+        trainer, seen = make("3d_roi"), []
+        trainer.initialize()
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+        inner = trainer.module.network
+        inner.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.benchmark))
+        inner.decoder.seg_layers[-1].weight.register_hook(lambda _: seen.append(torch.backends.cudnn.benchmark))
+        steps(trainer, 1)
+        assert len(seen) >= 2 and not any(seen) and torch.backends.cudnn.benchmark
+        seen.clear()
+        with torch.inference_mode():
+            trainer.module.eval()(torch.ones(1, 3, 16, 16, 16))
+        assert seen == [False] and torch.backends.cudnn.benchmark
 
     def test_gates_are_neither_eroded_nor_removed(self, make):
         trainer = make("3d_roi")
