@@ -9,8 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from math import inf, isinf, prod
+from functools import cached_property, partial
+from math import inf, isinf, log, prod
 
 import numpy as np
 
@@ -21,7 +21,7 @@ _EVEN = 0.5
 #: How far a threshold lies above the probability that sets it, in logits: another batch size, device or precision
 #: gives the same slice another last digit.
 _MARGIN = 0.1
-#: In which cases are left out in turn where a margin is judged.
+#: In which cases are left out in turn where a threshold or a margin is judged.
 _PARTS = 5
 #: Margins of boxes are looked for up to this many voxels, or an eighth of the volume's side.
 _LEAST_MARGIN = 4
@@ -39,6 +39,10 @@ class Calibration:
         skipped, cropped: share of all slices.
         slices, cases: how many there were; a slice counts once for every tile of it.
         unseen: classes that the cases have no voxels of.
+        left_out: of each class, ``coverage`` in cases that the thresholds were not set on, each part of the cases in
+            turn. Empty where fewer than two cases have foreground, and where nothing was set.
+        left_out_lost: components lost there, as ``lost_components``.
+        slack: logits by which both thresholds are higher than those that the cases ask for, since these are few.
     """
 
     skip_threshold: float
@@ -51,6 +55,9 @@ class Calibration:
     slices: int
     cases: int
     unseen: tuple[str, ...] = ()
+    left_out: dict[str, float] = field(default_factory=dict)
+    left_out_lost: int = 0
+    slack: float = 0.0
 
     @property
     def notes(self) -> list[str]:
@@ -78,6 +85,14 @@ class Calibration:
         if case:
             text += f" Lowest: {case}, class {label}, {100 * share:.2f} %."
         text += f" Components lost whole: {self.lost_components}."
+        if self.left_out:
+            label, share = min(self.left_out.items(), key=lambda pair: pair[1])
+            text += (
+                f" In cases that the thresholds were not set on, the lowest is class {label}, {100 * share:.2f} %, "
+                f"components lost whole: {self.left_out_lost}."
+            )
+        if self.slack:
+            text += f" So few cases raise the thresholds by {self.slack:.2f} logits."
         if self.unseen:
             text += f" Nothing is skipped, and cropped only what must be: {'; '.join(self.notes)}."
         elif self.is_useless:
@@ -86,6 +101,48 @@ class Calibration:
                 "trainer will serve as well."
             )
         return text
+
+
+@dataclass(frozen=True, eq=False)
+class _Voxels:
+    """Voxels of components, those together that the same tiles hold.
+
+    Attributes:
+        skip, crop, component, voxels: scores, number of the component and how many there are, ``(N,)``.
+        label: of each component, the number of its class.
+    """
+
+    skip: np.ndarray
+    crop: np.ndarray
+    component: np.ndarray
+    voxels: np.ndarray
+    label: np.ndarray
+
+    def of(self, components: np.ndarray) -> _Voxels:
+        """Those of the components where ``components`` is true; the others have no voxels."""
+        chosen = components[self.component]
+        arrays = (self.skip, self.crop, self.component, self.voxels)
+        return _Voxels(*(array[chosen] for array in arrays), self.label)
+
+    @cached_property
+    def total(self) -> np.ndarray:
+        """Voxels of each component."""
+        return np.bincount(self.component, self.voxels, len(self.label))
+
+    def covered(self, skip_threshold: float, crop_threshold: float) -> np.ndarray:
+        """Those of each component that are covered."""
+        lost = np.where((self.skip > skip_threshold) | (self.crop > crop_threshold), self.voxels, 0)
+        return self.total - np.bincount(self.component, lost, len(self.label))
+
+    def lost(self, left: np.ndarray, min_component: int) -> int:
+        """Components of ``min_component`` voxels or more of which nothing is ``left``."""
+        return int(((left == 0) & (self.total >= max(1, min_component))).sum())
+
+    def shares(self, left: np.ndarray, group: np.ndarray) -> np.ndarray:
+        """Share of the voxels ``left`` in each group of components, whose numbers ``group`` has; 1 of no voxels."""
+        count = int(group.max(initial=-1)) + 1
+        left, total = (np.bincount(group, voxels, count) for voxels in (left, self.total))
+        return np.divide(left, total, out=np.ones(count), where=total > 0)
 
 
 class Evidence:
@@ -121,6 +178,7 @@ class Evidence:
         min_coverage: float = 0.995,
         min_component: int = 10,
         always_crops: bool = False,
+        enough: int = 0,
     ) -> Calibration:
         """The lowest thresholds, not below 1/2, that cover enough; first for skipping, then for cropping.
 
@@ -131,6 +189,8 @@ class Evidence:
             min_coverage: share of the voxels of every class that must be covered.
             min_component: components of this many voxels or more must not be lost whole.
             always_crops: every slice that is not skipped is cropped, whatever the threshold.
+            enough: with fewer cases, thresholds are higher by the logarithm of ``enough / cases``, in logits: a policy
+                whose probabilities are right then errs as much more rarely as there are fewer cases to see it err.
 
         Raises:
             ValueError: ``min_coverage`` is no share.
@@ -138,64 +198,88 @@ class Evidence:
         if not 0 <= min_coverage <= 1:
             raise ValueError(f"min_coverage got {min_coverage}; expected a share from 0 to 1.")
         tiles = np.array(self._tiles, float).reshape(-1, 2)
-        skip, crop = np.array([part[:2] for part in self._parts], float).reshape(-1, 2).T
-        component, voxels = np.array([part[2:] for part in self._parts], np.int64).reshape(-1, 2).T
+        pairs = [(case, label) for _, case, label in self._components.values()]
+        seen, label = _numbered([label for _, label in pairs])
+        every = self._voxels(label)
         if always_crops:
-            tiles[:, 1], crop = 1, np.where(np.isneginf(crop), crop, 1)
-        count = len(self._components)
-        keys = [(case, label) for _, case, label in self._components.values()]
-        seen = sorted({label for _, label in keys})
-        unseen = tuple(label for label in labels if label not in seen)
-        total = np.bincount(component, voxels, count)
-
-        def covered(skip_threshold: float, crop_threshold: float) -> np.ndarray:
-            lost = np.where((skip > skip_threshold) | (crop > crop_threshold), voxels, 0)
-            return total - np.bincount(component, lost, count)
-
-        def share(left: np.ndarray, of: list[bool]) -> float:
-            return float(left[of].sum() / total[of].sum())
-
-        def coverage(left: np.ndarray) -> dict[str, float]:
-            return {label: share(left, [own == label for _, own in keys]) for label in seen}
-
-        def lost(left: np.ndarray) -> int:
-            return int(((left == 0) & (total >= min_component)).sum())
-
+            tiles[:, 1] = 1
+            every = replace(every, crop=np.where(np.isneginf(every.crop), every.crop, 1))
+        unseen = tuple(name for name in labels if name not in seen)
+        slack = log(enough / cases) if 0 < cases < enough and not unseen else 0.0
         lowest_crop = -1.0 if always_crops else NEVER
-        unavoidable = lost(covered(NEVER, lowest_crop))
 
-        def is_safe(left: np.ndarray) -> bool:
-            return lost(left) <= unavoidable and all(value >= min_coverage for value in coverage(left).values())
+        def thresholds(known: _Voxels) -> tuple[float, float]:
+            """For skipping and for cropping, as ``known`` asks for them."""
+            unavoidable = known.lost(known.covered(NEVER, lowest_crop), min_component)
 
-        skip_threshold, crop_threshold = NEVER, lowest_crop
-        if not unseen:
-            skip_threshold = _lowest(skip, lambda threshold: is_safe(covered(threshold, lowest_crop)))
-        if not unseen and not always_crops:
-            crop_threshold = _lowest(crop, lambda threshold: is_safe(covered(skip_threshold, threshold)))
-        left = covered(skip_threshold, crop_threshold)
-        worst = min(((share(left, [own == key for own in keys]), *key) for key in set(keys)), default=(1.0, "", ""))
+            def is_safe(left: np.ndarray) -> bool:
+                enough_left = (known.shares(left, label) >= min_coverage).all()
+                return bool(enough_left) and known.lost(left, min_component) <= unavoidable
+
+            skip = _lowest(known.skip, lambda threshold: is_safe(known.covered(threshold, lowest_crop)))
+            crop = lowest_crop
+            if not always_crops:
+                crop = _lowest(known.crop, lambda threshold: is_safe(known.covered(skip, threshold)))
+            if slack:  # behind both searches, or crops would use up what it covers
+                skip, crop = (float(_raised(np.array(one), slack)) if 0 < one < 1 else one for one in (skip, crop))
+            return skip, crop
+
+        skip_threshold, crop_threshold = (NEVER, lowest_crop) if unseen else thresholds(every)
+        left = every.covered(skip_threshold, crop_threshold)
+        keys, key = _numbered(pairs)
+        worst = min(zip(every.shares(left, key).tolist(), keys, strict=True), default=(1.0, ("", "")))
+        names, case = _numbered([case for case, _ in pairs])
+        parts = min(_PARTS, len(names)) if not unseen else 0
+        held = np.zeros(len(pairs))
+        for part in range(parts if parts > 1 else 0):
+            is_out = case % parts == part
+            held += every.of(is_out).covered(*thresholds(every.of(~is_out)))
         is_skipped = tiles[:, 0] > skip_threshold
         is_cropped = ~is_skipped & (tiles[:, 1] > crop_threshold)
         return Calibration(
             skip_threshold,
             crop_threshold,
-            coverage(left),
-            (*worst[1:], worst[0]),
-            lost(left),
+            dict(zip(seen, every.shares(left, label).tolist(), strict=True)),
+            (*worst[1], worst[0]),
+            every.lost(left, min_component),
             float(is_skipped.mean()) if len(tiles) else 0.0,
             float(is_cropped.mean()) if len(tiles) else 0.0,
             len(tiles),
             cases,
             unseen,
+            dict(zip(seen, every.shares(held, label).tolist(), strict=True)) if parts > 1 else {},
+            every.lost(held, min_component) if parts > 1 else 0,
+            slack,
         )
+
+    def _voxels(self, label: np.ndarray) -> _Voxels:
+        skip, crop = np.array([part[:2] for part in self._parts], float).reshape(-1, 2).T
+        component, voxels = np.array([part[2:] for part in self._parts], np.int64).reshape(-1, 2).T
+        return _Voxels(skip, crop, component, voxels, label)
+
+
+def _numbered(values: Sequence[Hashable]) -> tuple[list, np.ndarray]:
+    """What there is in ``values``, sorted, and the number in that of each one."""
+    found = sorted(set(values))
+    numbers = {value: number for number, value in enumerate(found)}
+    return found, np.array([numbers[value] for value in values], np.int64)
 
 
 def _lowest(values: np.ndarray, is_safe) -> float:
     """The lowest threshold that is safe; a higher one always is if a lower one is."""
-    at = np.array([_EVEN, *np.unique(values[values > _EVEN])])
-    candidates = (at / (at + (1 - at) * np.exp(-_MARGIN))).tolist()
+    candidates = _raised(np.array([_EVEN, *np.unique(values[values > _EVEN])]), _MARGIN).tolist()
     found = bisect_left(candidates, True, key=lambda threshold: is_safe(threshold))
     return candidates[found] if found < len(candidates) else NEVER
+
+
+def _raised(probability: np.ndarray, logits: float) -> np.ndarray:
+    """Thresholds that are higher than probabilities by ``logits`` at least, in the single precision that buffers have.
+
+    Next to 1 its numbers are so far apart that the nearest one might be the probability itself.
+    """
+    raised = probability / (probability + (1 - probability) * np.exp(-logits))
+    rounded = raised.astype(np.float32)
+    return np.where(rounded < raised, np.nextafter(rounded, np.float32(2)), rounded).astype(float)
 
 
 @dataclass(frozen=True)

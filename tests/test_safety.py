@@ -128,6 +128,103 @@ def test_the_slice_that_sets_a_threshold_does_not_hang_on_its_last_digit():
         assert 0 < found.skip_threshold - probability < 0.1 * (1 - probability) and found.skipped == 0.5
 
 
+@pytest.mark.parametrize("probability", [0.9, 1 - 2.0**-20, 1 - 2.0**-23, 1 - 2.0**-24])
+def test_the_margin_survives_single_precision(probability):
+    """The buffers' precision: next to 1 the nearest number to what is wanted would be the probability itself."""
+    assert probability == np.float32(probability)
+    found = evidence((probability, 0, "a", ("1", 1, 500, 0))).calibrate(1, LABELS).skip_threshold
+    assert found == np.float32(found) and (1 - found) / found <= (1 / probability - 1) * math.exp(-0.0999)
+
+
+def test_few_cases_leave_slack():
+    """Half as many cases as are enough, half the odds of an error; slack is not used up by crops."""
+
+    def slices(*more):
+        return evidence((0.7, 0.1, "a", ("1", 1, 996, 0)), (0.1, 0.8, "b", ("1", 1, 1004, 0)), *more)
+
+    def raised(probability, logits):
+        return pytest.approx(1 / (1 + (1 / probability - 1) * math.exp(-logits)))
+
+    found = slices().calibrate(10, LABELS, enough=20)
+    assert found.skip_threshold == raised(0.7, 0.1 + math.log(2)) and found.slack == pytest.approx(math.log(2))
+    assert found.crop_threshold == raised(0.5, 0.1 + math.log(2))
+    assert "So few cases raise the thresholds by 0.69 logits." in str(found)
+    alone, asked = slices().calibrate(1, LABELS, enough=20), slices().calibrate(20, LABELS, enough=20)
+    assert alone.skip_threshold == raised(0.7, 0.1 + math.log(20))
+    assert asked == slices().calibrate(20, LABELS) and asked.slack == 0 and "So few" not in str(asked)
+    # Eight of 2008 voxels may be skipped at 0.9; raised, they are not, but crops get no more for it.
+    rim = (0.9, 0.0, "b", ("1", 1, 8, 0)), (0.1, 0.95, "a", ("1", 1, 8, 8))
+    for enough in (0, 20):
+        found = slices(*rim).calibrate(2, LABELS, enough=enough)
+        assert found.skip_threshold == raised(0.7, 0.1 + (enough and math.log(10)))
+        assert found.crop_threshold == raised(0.95, 0.1 + (enough and math.log(10)))
+    never = slices().calibrate(2, [*LABELS, "2"], enough=20)
+    assert (never.skip_threshold, never.crop_threshold, never.slack) == (NEVER, NEVER, 0)
+
+
+def test_thresholds_are_judged_by_cases_that_they_were_not_set_on():
+    """One of two cases has a lesion that only itself says not to skip; the other has nothing of the kind."""
+    slices = [(0.9, 0.0, "a", ("1", 1, 100, 0)), (0.1, 0.0, "a", ("1", 2, 300, 0)), (0.2, 0.0, "b", ("1", 1, 600, 0))]
+    found = evidence(*slices).calibrate(2, LABELS)
+    assert (found.coverage, found.lost_components) == ({"1": 1.0}, 0)
+    assert (found.left_out, found.left_out_lost) == ({"1": pytest.approx(0.9)}, 1)
+    expected = "In cases that the thresholds were not set on, the lowest is class 1, 90.00 %, components lost whole: 1."
+    assert expected in str(found)
+    assert json.loads(json.dumps(found.to_json()))["left_out"] == {"1": pytest.approx(0.9)}
+    # Slack counts there, too; of a single case, and where nothing was set, nothing can be said.
+    assert evidence(*slices).calibrate(2, LABELS, enough=4).left_out == {"1": pytest.approx(0.9)}
+    assert evidence(*slices).calibrate(2, LABELS, enough=20).left_out == {"1": 1.0}
+    for nothing in (evidence(*slices[:2]).calibrate(1, LABELS), evidence(*slices).calibrate(2, [*LABELS, "2"])):
+        assert (nothing.left_out, nothing.left_out_lost) == ({}, 0) and "not set on" not in str(nothing)
+
+
+@pytest.mark.parametrize("always_crops", [False, True])
+def test_what_is_counted_is_what_a_loop_counts(always_crops):
+    rng = np.random.default_rng(0)
+    made, parts = Evidence(), []
+    for _ in range(400):
+        case, label, number = (str(rng.integers(7)), str(rng.integers(3)), int(rng.integers(3)))
+        voxels, skip, crop = int(rng.integers(1, 30)), rng.random() ** 4, rng.choice([-math.inf, rng.random() ** 3])
+        parts.append((case, label, number, voxels, skip, crop))
+        made.add_part(*parts[-1])
+    found = made.calibrate(30, ["0", "1", "2"], 0.9, 40, always_crops)
+
+    def left(part, of=found):
+        if always_crops and part[5] > -math.inf:
+            return 0
+        return part[3] * (part[4] <= of.skip_threshold and (always_crops or part[5] <= of.crop_threshold))
+
+    def sums(value, fields):
+        result = {}
+        for part in parts:
+            result[part[fields]] = result.get(part[fields], 0) + value(part)
+        return result
+
+    def voxels_of(part):
+        return part[3]
+
+    total, kept = (sums(value, 1) for value in (voxels_of, left))
+    assert found.coverage == {label: kept[label] / total[label] for label in total}
+    total, kept = (sums(value, slice(2)) for value in (voxels_of, left))
+    share, key = min((kept[key] / total[key], key) for key in total)
+    assert found.worst == (*key, share)
+    total, kept = (sums(value, slice(3)) for value in (voxels_of, left))
+    assert found.lost_components == sum(kept[key] == 0 and total[key] >= 40 for key in total)
+    # The five parts take every fifth case by name.
+    held = {}
+    for part in range(5):
+        others = Evidence()
+        for one in parts:
+            if int(one[0]) % 5 != part:
+                others.add_part(*one)
+        without = others.calibrate(30, ["0", "1", "2"], 0.9, 40, always_crops)
+        for one in parts:
+            if int(one[0]) % 5 == part:
+                held[one[1]] = held.get(one[1], 0) + left(one, without)
+    total = sums(voxels_of, 1)
+    assert found.left_out == {label: held[label] / total[label] for label in total}
+
+
 class TestBoxes:
     """Margin and score of a detector, on hand-made cases of a grid of 20³."""
 

@@ -27,6 +27,7 @@ from torchvision.models import ShuffleNetV2
 
 from nnunet_dyn.accounting import count_operations, training_memory
 from nnunet_dyn.architectures.blocks import kept_maps, strided_size
+from nnunet_dyn.architectures.dynamic_convs.base import without_autocast
 from nnunet_dyn.decisions import EVERYTHING_ON, EVERYTHING_SKIPPED
 from nnunet_dyn.quantization import FULL_PRECISION, quantized
 from nnunet_dyn.safety import NEVER
@@ -479,10 +480,7 @@ class MedDANetV2(nn.Module):
     ):
         super().__init__()
         if deep_supervision:
-            raise ValueError(
-                f"Med-DANet V2 got deep supervision, as trainers ask for it that do not know the method; expected the "
-                f"method's own. Train with -tr {self.trainer}."
-            )
+            raise ValueError(self._refusal("deep supervision, as trainers ask for it that do not know the method"))
         if arch_kwargs.get("conv_op", nn.Conv2d) is not nn.Conv2d:
             raise ValueError(
                 "Med-DANet V2 got a 3D configuration; expected a 2D one, since it decides slice by slice. Train the "
@@ -535,6 +533,15 @@ class MedDANetV2(nn.Module):
                 "Got weights of Med-DANet V2 from another version of nnunet_dyn, which decided in another way; "
                 "expected those of this one. Train again, or predict with the version that they are from."
             )
+
+    @classmethod
+    def _refusal(cls, got: str) -> str:
+        return f"Med-DANet V2 got {got}; expected a trainer that knows the method. Train with -tr {cls.trainer}."
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "decoder":  # nnU-Net's trainers look for it to set deep supervision, before anything is trained
+            raise AttributeError(self._refusal("a trainer that sets deep supervision"))
+        return super().__getattr__(name)
 
     def set_regions(self, regions: bool) -> None:
         """Say whether the classes are regions, none of which is the background."""
@@ -645,10 +652,7 @@ class MedDANetV2(nn.Module):
             return self.segment_whole(x)
         if self.training:
             if self.phase is None:
-                raise RuntimeError(
-                    f"Med-DANet V2 got a training pass outside of its phases; expected a trainer that knows them. "
-                    f"Train with -tr {self.trainer}."
-                )
+                raise RuntimeError(self._refusal("a training pass outside of its phases"))
             return self._training_pass(x, centres)
         logits, decisions = self.execute(x, self.decide(x))
         if self.decisions is not None:
@@ -764,7 +768,7 @@ class MedDANetV2(nn.Module):
     @staticmethod
     def _precisely(network: Callable[[torch.Tensor], Any], view: torch.Tensor) -> Any:
         """Run what decides in single precision: half of it moves scores by more than a threshold's margin."""
-        with torch.autocast(view.device.type, enabled=False):
+        with without_autocast(view):
             return network(view)
 
     def _boxes(self, places: torch.Tensor, patch: Size, crops: Sequence[int]) -> list[Box]:

@@ -199,10 +199,10 @@ class TorchEngine(Engine):
         """What ``run`` returns for ``arguments``, computed in the precision of the engine."""
         import torch
 
-        if self.device.type == "mps":  # has no autocast, not even one that is turned off
-            return run(*arguments)
+        from nnunet_dyn.architectures.dynamic_convs.base import without_autocast
+
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+        with without_autocast(arguments[0]) if dtype is None else torch.autocast(self.device.type, dtype=dtype):
             return run(*arguments)
 
     @staticmethod

@@ -24,6 +24,10 @@ from nnunet_dyn.trainers.catalogue import template_name
 
 _T = TypeVar("_T")
 
+#: Which parameters get a gradient may depend on the data of each process, and validation runs a different number of
+#: passes in each.
+DISTRIBUTED = {"find_unused_parameters": True, "broadcast_buffers": False}
+
 
 def build_from_plans(
     plans_manager: PlansManager,

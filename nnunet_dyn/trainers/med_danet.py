@@ -17,7 +17,6 @@ from nnunetv2.inference.sliding_window_prediction import compute_steps_for_slidi
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from scipy import ndimage
 from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -31,11 +30,12 @@ from nnunet_dyn.architectures.med_danet import (
     corner_around,
     crop_size,
 )
+from nnunet_dyn.architectures.roi import connected_targets
 from nnunet_dyn.decisions import CALIBRATED_STEP_SIZE
 from nnunet_dyn.planning import build_network, derived_architecture
 from nnunet_dyn.plans_templates import load_template
 from nnunet_dyn.safety import NEVER, Calibration, Evidence
-from nnunet_dyn.trainers.base import CalibratedTrainer
+from nnunet_dyn.trainers.base import DISTRIBUTED, CalibratedTrainer
 
 #: What each trainer changes in the options of the plans: the rows of Table 3a.
 ABLATIONS = {
@@ -52,9 +52,6 @@ FOREGROUND_WEIGHT = 3.0
 
 #: What a crop must have to spare beside the foreground, of its side, to be taken before it is known where it lies.
 TO_SPARE = 1 / 8
-
-#: Which parameters get a gradient depends on the slices of each process; validation runs a different number of them.
-DISTRIBUTED = {"find_unused_parameters": True, "broadcast_buffers": False}
 
 
 def build_med_danet(
@@ -124,10 +121,12 @@ class MedDANetTrainer(CalibratedTrainer):
     Attributes:
         min_coverage: share of the voxels of every class that must lie where the network looks.
         min_component: components of this many voxels or more must not be left out whole.
+        enough_cases: with fewer cases to calibrate on, the thresholds leave slack.
     """
 
     min_coverage: ClassVar[float] = 0.995
     min_component: ClassVar[int] = 10
+    enough_cases: ClassVar[int] = 20
     #: Share of random crops that are placed on a foreground voxel, where there is one.
     foreground_centres: ClassVar[float] = 2 / 3
 
@@ -154,6 +153,13 @@ class MedDANetTrainer(CalibratedTrainer):
         super().initialize()
         self.module.set_regions(self.label_manager.has_regions)
         self._register_costs()
+        if self.is_ddp:  # validation alone enters no phase
+            self._distribute()
+
+    def _distribute(self) -> None:
+        """Wrap the network anew: which parameters get a gradient has changed, and it depends on the data besides."""
+        devices = None if self.device.type == "cpu" else [self.local_rank]
+        self.network = DistributedDataParallel(self.module, device_ids=devices, **DISTRIBUTED)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         super().load_checkpoint(filename_or_checkpoint)
@@ -205,10 +211,9 @@ class MedDANetTrainer(CalibratedTrainer):
         phase = self.schedule[self.phase_index(self.current_epoch)]
         if self.module.phase is not phase:
             self.print_to_log_file(f"Phase '{phase.name}': {', '.join(sorted(phase.learns))} learn.")
-            module = self.module
-            module.enter(phase)
-            if self.is_ddp:  # which parameters get a gradient has changed, and it depends on the data besides
-                self.network = DistributedDataParallel(module, device_ids=[self.local_rank], **DISTRIBUTED)
+            self.module.enter(phase)
+            if self.is_ddp:
+                self._distribute()
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -428,9 +433,8 @@ class MedDANetTrainer(CalibratedTrainer):
         labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
         always_crops = "whole" not in network.options.policy_space
         names = [str(label) for label in labels]
-        found = self.on_first(
-            partial(evidence.calibrate, len(keys), names, self.min_coverage, self.min_component, always_crops)
-        )
+        asked = (self.min_coverage, self.min_component, always_crops, self.enough_cases)
+        found = self.on_first(partial(evidence.calibrate, len(keys), names, *asked))
         network.skip_threshold.fill_(found.skip_threshold)
         network.crop_threshold.fill_(found.crop_threshold)
         return found
@@ -458,8 +462,9 @@ class MedDANetTrainer(CalibratedTrainer):
                     cropped[inside] = kept
         classes = self.label_manager.foreground_regions if self.label_manager.has_regions else None
         for label in classes or self.label_manager.foreground_labels:
-            components, _ = ndimage.label(np.isin(labels, label), np.ones((3, 3, 3)))
-            for number, voxels, skip, crop in _parts(components, skips, crops):
+            components, corner = connected_targets(np.isin(labels, label))
+            box = tuple(slice(start, start + size) for start, size in zip(corner, components.shape, strict=True))
+            for number, voxels, skip, crop in _parts(components, skips[box], crops[box]):
                 evidence.add_part(case, str(label), number, voxels, skip, crop)
 
     def _probe_mirrored(self, tiles: torch.Tensor) -> list[tuple[float, float, tuple[slice, slice]]]:
@@ -524,19 +529,22 @@ def plot_costs(log: dict[str, list], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     epochs = [epoch for epoch, value in enumerate(log["gmacs"]) if value is not None]
-    figure, (shares, cost, bits) = plt.subplots(3, 1, figsize=(10, 14), sharex=True)
-    for key in COSTS[:3]:
-        shares.plot(epochs, [log[key][epoch] for epoch in epochs], label=key)
-    shares.set(ylabel="share of slices", ylim=(-0.02, 1.02))
-    cost.plot(epochs, [log["gmacs"][epoch] for epoch in epochs])
-    cost.set(ylabel="GMACs per slice, times bits / 32")
-    for stage, values in enumerate(zip(*(log["bits"][epoch] for epoch in epochs), strict=True)):
-        bits.plot(epochs, values, label=f"stage {stage}")
-    bits.set(ylabel="mean bits", xlabel="epoch")
-    shares.legend()
-    bits.legend()
-    figure.tight_layout()
-    figure.savefig(path)
+    with plt.style.context("default"):  # nnU-Net has set fonts for its own picture, which is three times as wide
+        figure, (shares, cost, bits) = plt.subplots(3, 1, figsize=(10, 14), sharex=True, layout="constrained")
+        for key in COSTS[:3]:
+            shares.plot(epochs, [log[key][epoch] for epoch in epochs], label=key)
+        shares.set(ylabel="share of slices", ylim=(-0.02, 1.02))
+        cost.plot(epochs, [log["gmacs"][epoch] for epoch in epochs])
+        cost.set(ylabel="GMACs per slice, times bits / 32")
+        stages = list(zip(*(log["bits"][epoch] for epoch in epochs), strict=True))
+        for stage, values in enumerate(stages):
+            bits.plot(epochs, values, label=f"stage {stage}", color=plt.get_cmap("viridis", len(stages))(stage))
+        bits.set(ylabel="mean bits", xlabel="epoch")
+        for axis in (shares, bits):  # beside the lines, which may be anywhere
+            axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+        for axis in (shares, cost, bits):
+            axis.grid(alpha=0.3)
+        figure.savefig(path)
     plt.close(figure)
 
 

@@ -31,6 +31,7 @@ from nnunet_dyn.architectures.med_danet import (
     restore_at,
     straight_through,
 )
+from nnunet_dyn.inference.engines import TorchEngine
 
 EVERYTHING = Phase("everything", 1.0, frozenset(PARTS), random_centres=False, quantised=True, cost=True)
 PATCH = (64, 48)
@@ -302,6 +303,21 @@ def test_decisions_do_not_hang_on_autocast():
         network.train().enter(EVERYTHING)
         assert network(x)["scores"].dtype == torch.float32
     assert expected[0][0].action == "crop"
+
+
+def test_devices_without_autocast_decide_too(monkeypatch):
+    """Such as MPS before PyTorch 2.5, where even turning it off is an error."""
+    network, x = build(), torch.randn(1, 2, *PATCH)
+    expected = network.decide(x)
+
+    def autocast(*_, **__):
+        raise RuntimeError("User specified an unsupported autocast device_type 'cpu'")
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device_type: False)
+    monkeypatch.setattr(torch, "autocast", autocast)
+    assert network.decide(x) == expected
+    with torch.no_grad():
+        assert torch.equal(TorchEngine(network, None, torch.device("cpu"), "fp32").infer(x), network(x))
 
 
 def test_slices_near_a_threshold_in_logits_are_for_review():

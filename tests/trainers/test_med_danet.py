@@ -2,11 +2,16 @@
 
 import json
 
+import ddp_med_danet_worker
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerNoDeepSupervision import (
+    nnUNetTrainerNoDeepSupervision,
+)
 from plans import plans_manager
 from torch import nn
 
@@ -15,7 +20,7 @@ from nnunet_dyn.architectures.med_danet import NEVER, PARTS, SCHEDULES, Decision
 from nnunet_dyn.planning import derived_architecture
 from nnunet_dyn.plans_templates import load_template
 from nnunet_dyn.safety import Evidence
-from nnunet_dyn.trainers.med_danet import mean_costs
+from nnunet_dyn.trainers.med_danet import mean_costs, plot_costs
 
 NAME = "nnUNetTrainerMedDANetV2"
 LABELS = {
@@ -27,7 +32,7 @@ OPTIONS = {"policy_space": ["skip", 16, "whole"]}
 
 
 def trainer_class(name):
-    return getattr(nnunet_dyn.trainers, name)
+    return getattr(nnunet_dyn.trainers, name) if isinstance(name, str) else name
 
 
 def with_template(plans, **options):
@@ -89,9 +94,8 @@ def test_it_refuses_what_it_cannot_serve():
 )
 def test_another_trainer_is_refused_with_the_name_of_the_right_one(other):
     plans = with_template(plans_manager(2, patch_size=[32, 32], n_stages=3))
-    other = trainer_class(other) if isinstance(other, str) else other
     with pytest.raises(ValueError, match=rf"Train with -tr {NAME}\."):
-        other.build_network_architecture(plans, plans.get_configuration("2d"), 1, 2, True)
+        trainer_class(other).build_network_architecture(plans, plans.get_configuration("2d"), 1, 2, True)
 
 
 # --- training ---------------------------------------------------------------------------------------------------
@@ -154,6 +158,14 @@ def start(trainer, epoch=0):
     log["lrs"] = [0.0] * epoch
     trainer.on_train_epoch_start()
     return trainer
+
+
+def test_a_trainer_without_deep_supervision_is_refused_before_it_trains_or_validates(prepared):
+    trainer = prepared(nnUNetTrainerNoDeepSupervision)
+    for command in (trainer.on_train_start, trainer.perform_actual_validation):
+        with pytest.raises(AttributeError, match=rf"sets deep supervision; .* Train with -tr {NAME}\."):
+            command()
+    assert not hasattr(trainer.network, "decoder")
 
 
 def state(trainer):
@@ -366,24 +378,28 @@ def test_guidance_of_the_maps_by_hand(prepared):
     assert trainer.map_loss(maps, target).item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_resuming_in_a_phase_continues_it_exactly(prepared, tmp_path):
-    name = f"{NAME}_70epochs_1iters"
-    trainer = start(prepared(name), 42)
+@pytest.mark.parametrize("index", range(3))
+def test_resuming_in_a_phase_continues_it_exactly(prepared, tmp_path, index):
+    """In the middle of each phase of the default schedule, 7 epochs of which are 4, 2 and 1 of two steps."""
+    name, epoch = f"{NAME}_7epochs_2iters", (2, 5, 6)[index]
+    trainer = start(prepared(name), epoch)
     batches = [next(trainer.dataloader_train) for _ in range(3)]
     for batch in batches[:2]:
         trainer.train_step(batch)
-    trainer.current_epoch = 41  # what is saved counts one on
+    trainer.current_epoch = epoch - 1  # what is saved counts one on
     path = str(tmp_path / "checkpoint.pth")
     trainer.save_checkpoint(path)
     again = prepared(name)
     again.load_checkpoint(path)
-    assert again.current_epoch == 42
-    for resumed in (start(trainer, 42), start(again, 42)):
-        assert resumed.network.phase.name == "position and bits"
+    assert again.current_epoch == epoch
+    before = state(again)
+    for resumed in (start(trainer, epoch), start(again, epoch)):
+        assert resumed.network.phase is SCHEDULES["paper"][index]
         torch.manual_seed(5)
         resumed.train_step(batches[2])
     first, second = state(trainer), state(again)
     assert all(torch.equal(first[key], second[key]) for key in first)
+    assert changed_parts(again, before) == SCHEDULES["paper"][index].learns
     assert [group["lr"] for group in again.optimizer.param_groups] == [
         group["lr"] for group in trainer.optimizer.param_groups
     ]
@@ -398,6 +414,21 @@ def test_costs_of_an_epoch_by_hand():
     ]
     assert mean_costs(decisions, 2) == {"skipped": 0.5, "cropped": 0.25, "whole": 0.25, "gmacs": 2.5, "bits": [12, 16]}
     assert mean_costs(decisions[:1], 2)["bits"] == [0, 0]
+
+
+def test_the_picture_of_costs_does_not_hang_on_nnunets_fonts(tmp_path):
+    import seaborn
+    from matplotlib import rc_context, rcParams
+
+    log = {"skipped": [0.1, 0.2], "cropped": [0.2, 0.3], "whole": [0.7, 0.5], "gmacs": [2.0, 1.0]}
+    log["bits"] = [[16, 8], [8, 8]]
+    plot_costs(log, tmp_path / "own.png")
+    with rc_context():
+        seaborn.set(font_scale=2.5)  # as nnU-Net does before its progress.png
+        size = rcParams["font.size"]
+        plot_costs(log, tmp_path / "after.png")
+        assert rcParams["font.size"] == size > 20
+    assert (tmp_path / "own.png").read_bytes() == (tmp_path / "after.png").read_bytes()
 
 
 class Oracle(nn.Module):
@@ -428,7 +459,9 @@ def test_calibration_finds_what_can_be_left_out(prepared):
     # Two overlapping tiles an axis, eight slices; half of the slices are empty.
     assert found.slices == 2 * 8 * 4 and found.cases == 2
     assert 0.5 <= found.skipped < 1 and found.lost_components == 0 and min(found.coverage.values()) >= 0.995
-    assert found.crop_threshold == pytest.approx(1 / (1 + np.exp(-1.1)), abs=1e-4)  # mirrored, crops cut the organ
+    # Mirrored, crops cut the organ at one logit; two cases of the twenty that are enough raise that by their logarithm.
+    assert trainer.enough_cases == 20 and found.slack == pytest.approx(np.log(10))
+    assert found.crop_threshold == pytest.approx(1 / (1 + np.exp(-1.1 - found.slack)), abs=1e-4)
     assert found.cropped == 0
     assert network.skip_threshold.item() == pytest.approx(found.skip_threshold)
 
@@ -448,7 +481,9 @@ def test_calibration_allows_crops_that_hold_everything(prepared):
     trainer = start(prepared(fill=None, policy_space=["skip", 24, "whole"]))
     trainer.inference_allowed_mirroring_axes = (0, 1)
     trainer.network.policy, trainer.network.position = Oracle(), Around()
+    trainer.enough_cases = 2
     found = trainer.calibrate()
+    assert found.left_out == {"1": 1.0, "2": 1.0} and found.left_out_lost == 0 and found.slack == 0
     assert found.cropped > 0 and found.lost_components == 0 and min(found.coverage.values()) >= 0.995
 
 
@@ -548,7 +583,7 @@ def test_a_whole_training_and_what_it_leaves(prepared, tmp_path):
     folder = next((tmp_path / "results").rglob("fold_all"))
     assert (folder / "costs.png").stat().st_size > 0 and (folder / "progress.png").exists()
     found = json.loads((folder / "calibration.json").read_text())
-    assert found["cases"] == 2 and set(found["coverage"]) == {"1", "2"}
+    assert found["cases"] == 2 and set(found["coverage"]) == set(found["left_out"]) == {"1", "2"}
     checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
     assert checkpoint["trainer_name"] == f"{NAME}_3epochs_1iters"
     assert checkpoint["network_weights"]["skip_threshold"].item() == pytest.approx(found["skip_threshold"])
@@ -566,3 +601,21 @@ def test_a_whole_training_and_what_it_leaves(prepared, tmp_path):
     logits = predictor.predict_sliding_window_return_logits(torch.randn(1, 2, 40, 36))
     assert logits.shape == (3, 2, 40, 36) and torch.isfinite(logits).all()
     assert len(predictor.network.decisions) == 2 * 4 * 4  # slices, tiles, flips
+
+
+@pytest.mark.integration
+def test_two_processes_train_validate_and_calibrate_as_one(prepared, tmp_path):
+    trainer = prepared(f"{NAME}_7epochs_2iters")
+    content = json.loads(json.dumps(trainer.plans_manager.plans)) | {"continue_training": False}
+    arguments = (str(tmp_path), type(trainer).__name__, content, trainer.dataset_json)
+    mp.spawn(ddp_med_danet_worker.run, args=arguments, nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=False) for rank in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    found, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert found == other, "the first process calibrates for both, and costs are those of both"
+    calibration, _, costs, changed = found
+    assert changed == ["backbone", "crop_tail", "policy", "position", "selectors"]
+    assert calibration["cases"] == 2 and set(calibration["coverage"]) == {"1", "2"}
+    assert [sum(shares) for shares in zip(*(costs[key] for key in ("skipped", "cropped", "whole")), strict=True)] == (
+        pytest.approx([1, 1, 1])
+    )

@@ -223,7 +223,7 @@ def fresh_kernel(conv: DynamicConv, initialize: Callable[[nn.Module], object] | 
 
 def without_autocast(x: torch.Tensor) -> AbstractContextManager:
     """A context in which operators on the device of ``x`` compute in the dtype of their arguments."""
-    if not torch.amp.is_autocast_available(x.device.type):  # such as meta
+    if not torch.amp.is_autocast_available(x.device.type):  # such as meta, and MPS before torch 2.5
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
