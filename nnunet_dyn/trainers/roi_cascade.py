@@ -53,15 +53,12 @@ from nnunet_dyn.architectures.roi_segmentor import ROISegmentor, without_benchma
 from nnunet_dyn.errors import JobError
 from nnunet_dyn.planning import build_network
 from nnunet_dyn.safety import BoxCalibration, BoxEvidence
-from nnunet_dyn.trainers.base import CalibratedTrainer, DynTrainer
+from nnunet_dyn.trainers.base import DISTRIBUTED, CalibratedTrainer, DynTrainer
 
 #: The paper's detector, for the plans that name the default one.
 TRI_PLANE = "nnunet_dyn.architectures.triplane.TriPlaneDetector"
 #: What each trainer puts in the place of the default detector.
 DETECTORS: dict[str, str | None] = {"nnUNetTrainerROICascade": None, "nnUNetTrainerROICascadeTriPlane": TRI_PLANE}
-
-#: Which parameters get a gradient depends on the ROIs of each process; validation runs a different number of them.
-DISTRIBUTED = {"find_unused_parameters": True, "broadcast_buffers": False}
 
 #: Scores that calibration may ask of a detection. What is less sure than the last is noise.
 SCORES = (0.5, 0.3, 0.2, 0.15, 0.12, 0.1, 0.05)
@@ -244,7 +241,7 @@ class ROICascadeTrainer(CalibratedTrainer):
     Attributes:
         min_coverage: share of the voxels of every class that the detector's boxes must hold.
         min_component: components of this many voxels or more must not be outside them whole.
-        enough_cases: calibration on fewer leaves some slack for others.
+        enough_cases: calibration leaves some slack for classes that fewer cases hold, and always in fold ``all``.
         fine_tuning: share of the epochs in which the segmentor sees the detector's boxes.
         detector_rotation: the largest angle by which augmentation turns a volume for the detector, half of nnU-Net's:
             one that fills its patch is turned out of it.
@@ -273,9 +270,8 @@ class ROICascadeTrainer(CalibratedTrainer):
             self.oversample_foreground_percent = 0.0  # it would move the volume, which fills the patch, out of it
             self.initial_lr = self.detector_lr
         else:
-            self.oversample_foreground_percent = (
-                1.0  # on targets or boxes around none; a tile without a gate teaches nothing
-            )
+            # On targets, or boxes around none: a tile without a gate teaches nothing.
+            self.oversample_foreground_percent = 1.0
         self._is_loaded = False
         self._is_switched = multiprocessing.Value("b", 0)
         self._predicted: int | None = None
@@ -431,7 +427,8 @@ class ROICascadeTrainer(CalibratedTrainer):
         for key in keys:
             self.on_first(partial(self._observe, evidence, key, fine))
         names = [str(entry) for entry in self._classes]
-        asked = (self.min_coverage, self.min_component, self.enough_cases)
+        enough = len(keys) + 1 if self.fold == "all" else self.enough_cases  # its cases were trained on
+        asked = (self.min_coverage, self.min_component, enough)
         found = self.on_first(partial(evidence.calibrate, names, *asked))
         for channel, name in zip(self.module.classes, names, strict=True):
             self._set_boxes(found.score_threshold[name], found.margin[name], channel)
