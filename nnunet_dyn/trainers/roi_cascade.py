@@ -273,9 +273,8 @@ class ROICascadeTrainer(CalibratedTrainer):
             self.oversample_foreground_percent = 0.0  # it would move the volume, which fills the patch, out of it
             self.initial_lr = self.detector_lr
         else:
-            self.oversample_foreground_percent = (
-                1.0  # on targets or boxes around none; a tile without a gate teaches nothing
-            )
+            # Every tile is placed on a target or in a box without one: no gate, nothing to learn.
+            self.oversample_foreground_percent = 1.0
         self._is_loaded = False
         self._is_switched = multiprocessing.Value("b", 0)
         self._predicted: int | None = None
