@@ -12,45 +12,19 @@ import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from cascade_training import BOXES, CASES, SHAPE, make_trainer, write_cases
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from plans import plans_manager
-from training import LABELS, steps, trainer_class
+from training import LABELS, steps
 
 from nnunet_dyn.architectures.roi import Detection, box_size, box_slices, read_boxes
 from nnunet_dyn.architectures.roi_detectors import LowResDetector
 from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
 from nnunet_dyn.architectures.triplane import TriPlaneDetector
 from nnunet_dyn.errors import JobError
-from nnunet_dyn.planning import derived_architecture
-from nnunet_dyn.plans_templates import load_template
 from nnunet_dyn.trainers import roi_cascade
 from nnunet_dyn.trainers.roi_cascade import GateDatasetBlosc2, boxes_of_case, draw_gate
-
-NAME = "nnUNetTrainerROICascade_5epochs_2iters"
-CASES = ("case_0", "case_1", "case_2")
-SHAPE = (20, 24, 20)
-# In the volume of the segmentor; the detector's has half as many voxels per axis.
-BOXES = {1: (slice(2, 8), slice(4, 12), slice(4, 10)), 2: (slice(14, 18), slice(16, 22), slice(10, 16))}
-
-
-def cascade_plans() -> dict:
-    """What ``nnunet_dyn plan -t roi_cascade`` makes of a configuration with patches of 16 voxels."""
-    made = plans_manager(3, [16] * 3, n_stages=3, features=(4, 6, 8)).plans
-    base = made["configurations"]["3d_fullres"]
-    base["data_identifier"] = "full"
-    parts = load_template("roi_cascade").parts
-    for name, patch in (("3d_detect", [12, 12, 12]), ("3d_roi", [16, 16, 16])):
-        made["configurations"][name] = {
-            "inherits_from": "3d_fullres",
-            "patch_size": patch,
-            "architecture": derived_architecture(parts[name], base["architecture"], patch, 1),
-            **parts[name].configuration,
-        }
-    made["configurations"]["3d_detect"] |= {"data_identifier": "low", "spacing": [2.0] * 3}
-    made["configurations"]["3d_detect"]["architecture"]["arch_kwargs"] |= {"base_features": 8, "pyramid": 8}
-    return made
 
 
 @pytest.fixture
@@ -60,35 +34,8 @@ def make(tmp_path, monkeypatch):
         monkeypatch.setenv(f"nnUNet_{kind}", str(tmp_path / kind))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     torch.set_num_threads(1)
-    base, rng = tmp_path / "preprocessed" / "Dataset999_Test", np.random.default_rng(0)
-    for folder, step in (("full", 1), ("low", 2)):
-        (base / folder).mkdir(parents=True)
-        for case in CASES:
-            segmentation = np.zeros((1, *SHAPE), np.int16)
-            for label, part in BOXES.items():
-                segmentation[(0, *part)] = label
-            segmentation = segmentation[:, ::step, ::step, ::step]
-            image = (segmentation + rng.normal(0, 0.1, segmentation.shape)).astype(np.float32)
-            locations = {label: np.argwhere(segmentation == label) for label in BOXES}
-            locations[(1, 2)] = np.argwhere(segmentation > 0)
-            locations[(-1, 0, 1)] = np.subtract(segmentation.shape, 1)[None]  # annotated, where label 2 is ignored
-            blocks = comp_blosc2_params(image.shape, (16,) * 3, image.itemsize)
-            nnUNetDatasetBlosc2.save_case(
-                image, segmentation, {"class_locations": locations}, str(base / folder / case), blocks[1], blocks[0]
-            )
-    (base / "splits_final.json").write_text(json.dumps([{"train": list(CASES[:2]), "val": list(CASES[2:])}]))
-
-    def factory(configuration, labels=LABELS["classes"], name=NAME, fold=0):
-        dataset = {"channel_names": {"0": "CT"}, "numTraining": 3, "file_ending": ".nii.gz", **labels}
-        return trainer_class(name)(
-            json.loads(json.dumps(cascade_plans())) | {"continue_training": False},
-            configuration,
-            fold,
-            dataset,
-            torch.device("cpu"),
-        )
-
-    return factory
+    write_cases(tmp_path / "preprocessed")
+    return make_trainer
 
 
 def predict(trainer, cases):
