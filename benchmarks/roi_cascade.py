@@ -536,6 +536,8 @@ def main() -> None:
         one.add_argument("--batch", type=int, help="patches in a batch (default: the plans')")
         one.add_argument("--patch", type=int, nargs=3, help="voxels per axis (default: the plans')")
     args = parser.parse_args()
+    if args.network_options and args.network is None:
+        parser.error("--network-options are those of --network")
     own = {"part", "folder", "output", "picture", "rows", "run", "draw", "detector_only", "measure", "disable_tta"}
     settings = {
         key: value.name if isinstance(value, Path) else value for key, value in vars(args).items() if key not in own

@@ -7,6 +7,7 @@ of every class where the network looks, and let no lesion vanish whole.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -189,8 +190,9 @@ class Evidence:
             min_coverage: share of the voxels of every class that must be covered.
             min_component: components of this many voxels or more must not be lost whole.
             always_crops: every slice that is not skipped is cropped, whatever the threshold.
-            enough: with fewer cases, thresholds are higher by the logarithm of ``enough / cases``, in logits: a policy
-                whose probabilities are right then errs as much more rarely as there are fewer cases to see it err.
+            enough: with fewer cases of any class, thresholds are higher by the logarithm of ``enough / cases``, in
+                logits: a policy whose probabilities are right then errs as much more rarely as there are fewer cases to
+                see it err.
 
         Raises:
             ValueError: ``min_coverage`` is no share.
@@ -205,7 +207,8 @@ class Evidence:
             tiles[:, 1] = 1
             every = replace(every, crop=np.where(np.isneginf(every.crop), every.crop, 1))
         unseen = tuple(name for name in labels if name not in seen)
-        slack = log(enough / cases) if 0 < cases < enough and not unseen else 0.0
+        fewest = min(Counter(name for _, name in set(pairs)).values(), default=0)
+        slack = log(enough / fewest) if 0 < fewest < enough and not unseen else 0.0
         lowest_crop = -1.0 if always_crops else NEVER
 
         def thresholds(known: _Voxels) -> tuple[float, float]:
@@ -297,9 +300,9 @@ class BoxCalibration:
         ratio: the boxes' voxels to those of boxes drawn around the targets; ``None`` where there is no target.
         cases: how many there were.
         unseen: classes that the cases have no voxels of.
-        left_out: of each class that other cases hold, too, the share of voxels inside any box in cases that the margin
-            was not set on, each part of the cases in turn. New ones may have less, as scores are chosen by it. Empty
-            for a single case, and where nothing was set.
+        left_out: of each class that two cases hold or more, the share of voxels inside its own boxes in cases that the
+            margin was not set on, each part of those that hold it in turn. New ones may have less, as scores are chosen
+            by it. Empty where nothing was set.
         left_out_lost: components lost there, as ``lost_components``.
     """
 
@@ -416,7 +419,7 @@ class _Reach:
 
     Attributes:
         largest: the largest margin per axis.
-        part: of each component, the number of its case, modulo the number of parts.
+        part: of each component, the number of its case among those that hold the class, modulo the number of parts.
     """
 
     def __init__(self, cases: Sequence[_BoxCase], label: str, threshold: float):
@@ -424,15 +427,18 @@ class _Reach:
         self.largest = [max(_LEAST_MARGIN, max(case.shape[axis] for case in cases) // 8) for axis in range(axes)]
         part, component, voxels, cell, beyond = [], [], [], [], []
         components = cells = 0
-        for number, case in enumerate(cases):
-            if (targets := case.targets.get(label)) is None:
-                continue
-            start, stop = case.boxes[threshold][label].transpose(2, 0, 1)
-            at = targets.cells[:, None]
-            outside = np.maximum(start - at, at + 1 - stop).clip(min=0)  # cells, boxes, axes
-            near = np.nonzero((outside <= self.largest).all(2))
-            cell.append(near[0] + cells)
-            beyond.append(outside[near].T)
+        holding = [case for case in cases if label in case.targets]
+        for number, case in enumerate(holding):
+            targets = case.targets[label]
+            is_inside = np.zeros(len(targets.cells), bool)
+            for box in case.boxes[threshold][label]:  # one by one, since there may be hundreds
+                rest = np.flatnonzero(~is_inside)
+                at = targets.cells[rest]
+                outside = np.maximum(box[:, 0] - at, at + 1 - box[:, 1]).clip(min=0)
+                is_near = (outside <= self.largest).all(1)
+                cell.append(rest[is_near] + cells)
+                beyond.append(outside[is_near].T.astype(np.int16))
+                is_inside[rest[~outside.any(1)]] = True
             component.append(targets.component + components)
             voxels.append(targets.voxels)
             part.append(np.full(targets.component.max() + 1, number % _PARTS))
@@ -440,7 +446,7 @@ class _Reach:
         self.part, self._component, self._voxels, self._cell = (
             np.concatenate([np.zeros(0, int), *each]) for each in (part, component, voxels, cell)
         )
-        self._beyond = np.concatenate([np.zeros((axes, 0), int), *beyond], 1)
+        self._beyond = np.concatenate([np.zeros((axes, 0), np.int16), *beyond], 1)
         self._found: dict[tuple[int, ...], np.ndarray] = {}
 
     def held(self, margin: tuple[int, ...]) -> np.ndarray:
@@ -531,46 +537,39 @@ class BoxEvidence:
             raise ValueError(f"min_coverage got {min_coverage}; expected a share from 0 to 1.")
         if not self._cases:
             raise ValueError("No cases to calibrate on. Expected one in the validation fold.")
-        parts = range(min(_PARTS, len(self._cases)) if len(self._cases) > 1 else 0)
 
         def badness(held: np.ndarray) -> tuple[int, float]:
             return self._badness({"": held}, min_coverage, min_component)
 
-        def calibrated(label: str) -> tuple[_Settings, list[_Settings]]:
-            """Score and margin of a class, and those that are set without each of the parts."""
+        def calibrated(label: str) -> tuple[_Settings, _Held]:
+            """Score and margin of a class, and what those that are set without a part of the cases hold there."""
             thresholds, least = sorted(self._cases[0].boxes, reverse=True), 0
-            holding = sum(label in case.targets for case in self._cases)
+            holding = [case for case in self._cases if label in case.targets]
             if not holding:  # everything that may be one is kept
                 thresholds, least = thresholds[-1:], _LEAST_MARGIN // 2
+            parts = range(min(_PARTS, len(holding)) if len(holding) > 1 else 0)
             candidates = []
             for threshold in thresholds:
                 reach = _Reach(self._cases, label, threshold)
                 margin = partial(self._margin, reach, least, badness)
                 found = {label: (threshold, margin(reach.part >= 0))}
-                # Cases without the class set no margin, and so judge none.
-                others = [reach.part != part for part in parts]
-                of_parts = [{label: (threshold, margin(kept))} if kept.any() else {} for kept in others]
+                of_parts = [{label: (threshold, margin(reach.part != part))} for part in parts]
                 of_all = reach.held(found[label][1])
-                judged = [
-                    reach.held(of_part[label][1])[:, ~kept]
-                    for of_part, kept in zip(of_parts, others, strict=True)
-                    if of_part
-                ]
+                judged = [reach.held(one[label][1])[:, reach.part == part] for part, one in enumerate(of_parts)]
                 judged = np.concatenate(judged, 1) if judged else of_all
-                if 0 < holding < enough:  # slack is not to be used up here
+                if 0 < len(holding) < enough:  # slack is not to be used up here
                     found, *of_parts = map(self._with_slack, (found, *of_parts))
                 order = (*badness(of_all), *badness(judged), self._voxels(found), -threshold)
                 candidates.append((order, found, of_parts))
-            return min(candidates, key=lambda candidate: candidate[0])[1:]
+            _, found, of_parts = min(candidates, key=lambda candidate: candidate[0])
+            return found, _joined(self._held(one, holding[part::_PARTS]) for part, one in enumerate(of_parts))
 
-        settings, of_parts = {}, [{} for _ in parts]
+        settings, held = {}, {}
         for label in labels:
-            found, without = calibrated(label)
-            settings |= found
-            of_parts = [so_far | more for so_far, more in zip(of_parts, without, strict=True)]
+            found, left_out = calibrated(label)
+            settings, held = settings | found, held | left_out
         scores, margins = ({label: one[place] for label, one in settings.items()} for place in (0, 1))
         found = self.measure(labels, scores, margins, min_coverage, min_component)
-        held = _joined(self._held(one, self._cases[part::_PARTS]) for part, one in zip(parts, of_parts, strict=True))
         return replace(
             found,
             is_safe=found.is_safe and self._badness(held, min_coverage, min_component) == (0, -min_coverage),

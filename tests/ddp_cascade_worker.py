@@ -19,7 +19,7 @@ def on_cpu(configuration: str):
 
 
 def train_cascade(rank: int, folder: str) -> None:
-    """The whole training of both stages, with validation and calibration; writes what each process has then."""
+    """The whole training of both stages, with validation epochs and calibration; writes what each process has then."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     wrap = DistributedDataParallel.__init__

@@ -145,13 +145,16 @@ def test_few_cases_leave_slack():
     def raised(probability, logits):
         return pytest.approx(1 / (1 + (1 / probability - 1) * math.exp(-logits)))
 
-    found = slices().calibrate(10, LABELS, enough=20)
+    # Two of ten cases have the class, whatever the others are.
+    found = slices().calibrate(10, LABELS, enough=4)
     assert found.skip_threshold == raised(0.7, 0.1 + math.log(2)) and found.slack == pytest.approx(math.log(2))
     assert found.crop_threshold == raised(0.5, 0.1 + math.log(2))
     assert "So few cases raise the thresholds by 0.69 logits." in str(found)
-    alone, asked = slices().calibrate(1, LABELS, enough=20), slices().calibrate(20, LABELS, enough=20)
-    assert alone.skip_threshold == raised(0.7, 0.1 + math.log(20))
-    assert asked == slices().calibrate(20, LABELS) and asked.slack == 0 and "So few" not in str(asked)
+    few, asked = slices().calibrate(10, LABELS, enough=20), slices().calibrate(10, LABELS, enough=2)
+    assert few.skip_threshold == raised(0.7, 0.1 + math.log(10))
+    assert asked == slices().calibrate(10, LABELS) and asked.slack == 0 and "So few" not in str(asked)
+    rare = slices((0.1, 0.1, "b", ("2", 1, 20, 0))).calibrate(10, [*LABELS, "2"], enough=2)
+    assert rare.slack == pytest.approx(math.log(2))  # one case has class 2
     # Eight of 2008 voxels may be skipped at 0.9; raised, they are not, but crops get no more for it.
     rim = (0.9, 0.0, "b", ("1", 1, 8, 0)), (0.1, 0.95, "a", ("1", 1, 8, 8))
     for enough in (0, 20):
@@ -361,6 +364,18 @@ class TestBoxes:
         found = made.calibrate(["1", "2"], enough=3)
         assert found.margin == {"1": (0, 0, 0), "2": (1, 1, 2)} and found.score_threshold == {"1": 0.5, "2": 0.3}
         assert found.left_out == {"1": 1.0} and found.is_safe
+
+    def test_a_class_is_judged_by_the_other_cases_that_hold_it(self):
+        """Two of six, the first and the last; the last needs three voxels that the first does not tell of."""
+        of_both = {"1": [np.s_[5:10, 5:10, 5:10]], "2": [np.s_[12:14, 5:10, 5:10]]}
+        first, short = ({"1": [((5, 10), (5, 10), (5, 10))], "2": [((12, 14), (5, 10), (n, 10))]} for n in (5, 8))
+        made = self.evidence({0.5: first}, of_both)
+        for case in "bcde":
+            self.add(made, {0.5: first}, {"1": of_both["1"]}, self.SHAPE, case)
+        self.add(made, {0.5: short}, of_both, self.SHAPE, "f")
+        found = made.calibrate(["1", "2"])
+        assert found.margin == {"1": (0, 0, 0), "2": (0, 0, 3)} and found.coverage == {"1": 1.0, "2": 1.0}
+        assert found.left_out == {"1": 1.0, "2": pytest.approx(0.7)} and not found.is_safe
 
     def test_boxes_of_most_of_the_volume_are_said_to_save_nothing(self):
         made = self.evidence({0.5: [((0, 20), (0, 20), (0, 11))]})

@@ -278,11 +278,12 @@ def free_boxes(labels: np.ndarray, own: Sequence[Box], count: int, rng: np.rando
 
     Args:
         labels: ``(1, *spatial)`` as nnU-Net stores them, also on the disk: only what lies in boxes is read.
-        own: boxes whose sizes they have, half to one and a half times on each axis; where there are none, sizes are a
-            twentieth to three tenths of the volume's.
+        own: boxes of targets, whose middles they do not hold, and whose sizes they have, half to one and a half times
+            on each axis; where there are none, sizes are a twentieth to three tenths of the volume's.
         count: how many are looked for. One for which no place is found in ten attempts is left out.
     """
     shape, found = np.array(labels.shape[1:]), []
+    middles = np.array(own).reshape(-1, len(shape), 2).sum(2) // 2
     for _ in range(count):
         for _ in range(_ATTEMPTS):
             if own:
@@ -292,7 +293,8 @@ def free_boxes(labels: np.ndarray, own: Sequence[Box], count: int, rng: np.rando
             size = np.clip(extent.round(), 1, shape).astype(int)
             first = rng.integers(0, shape - size + 1)
             (box,) = _as_boxes(first[None], (first + size)[None])
-            if not (labels[(0, *box_slices(box))] > 0).any():
+            holds_one = ((middles >= first) & (middles < first + size)).all(1).any()  # reading takes longer
+            if not holds_one and not (labels[(0, *box_slices(box))] > 0).any():
                 found.append(box)
                 break
     return found

@@ -124,6 +124,8 @@ class CalibratedTrainer(DynTrainer):
         """Saves what a training of days has learned, then calibrates and saves again, whatever fails there."""
         self.take_safe_settings()
         super().on_train_end()
+        kept = Path(self.output_folder, "calibration.json")
+        self.on_first(partial(kept.unlink, missing_ok=True))  # of an earlier training, should this one's fail
         try:
             if (calibration := self.calibrate()) is None:
                 return

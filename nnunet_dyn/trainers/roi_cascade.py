@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -71,8 +73,10 @@ LOOSE_SHARE, LOOSE_GROWTH = 0.25, 1.0
 #: Share of the cases that get boxes around nothing beside the labels' (each case without targets does), and how many
 #: at most.
 FREE_SHARE, MOST_FREE = 0.5, 3
-#: Share of the tiles of a case with boxes around nothing that are placed on one of those.
+#: Share of the tiles of a case with boxes around nothing, and targets, that are placed on one of the former.
 FREE_TILES = 0.4
+#: Seconds after which a prediction is read in training: nnU-Net writes it in place.
+SETTLED = 60.0
 
 
 def build_roi_cascade(
@@ -136,12 +140,15 @@ class _GateDataset(nnUNetBaseDataset):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._free: dict[str, list[Box]] = {}
+        self._free: dict[tuple[str, float], list[Box]] = {}
 
-    def has_prediction(self, identifier: str) -> bool:
-        """Whether the detector has predicted this case."""
+    def predicted_at(self, identifier: str) -> float | None:
+        """When the detector has predicted this case, in seconds of the clock; ``None`` if it has not."""
         folder = self.folder_with_segs_from_previous_stage
-        return any(os.path.isfile(os.path.join(folder, identifier + ending)) for ending in (".b2nd", ".npz", ".npy"))
+        for ending in (".b2nd", ".npz", ".npy"):
+            with contextlib.suppress(FileNotFoundError):
+                return os.path.getmtime(os.path.join(folder, identifier + ending))
+        return None
 
     def load_case(self, identifier: str):
         """As nnU-Net's; the previous stage is ``(*spatial)``, labels in boxes, by :func:`draw_gate` if they are the
@@ -153,16 +160,19 @@ class _GateDataset(nnUNetBaseDataset):
             return super().load_case(identifier)
         rng = np.random.default_rng(np.random.randint(2**31))  # nnU-Net seeds each worker's own
         waits = self.is_switched is not None and not self.is_switched.value
-        if self.has_prediction(identifier) and not waits:
+        written = None if waits else self.predicted_at(identifier)
+        if written is not None and time.time() - written >= SETTLED:
             data, seg, gate, properties = super().load_case(identifier)
-            if identifier not in self._free:
+            if (identifier, written) not in self._free:
                 found = [box for boxes in read_boxes(np.asarray(gate[:])).values() for box in boxes]
-                self._free[identifier] = [box for box in found if not (seg[(0, *box_slices(box))] > 0).any()]
-            free = self._free[identifier]
+                free = [box for box in found if not (seg[(0, *box_slices(box))] > 0).any()]
+                self._free[identifier, written] = free
+            free = self._free[identifier, written]
         else:
             data, seg, _, properties = self.host(self.source_folder, [identifier]).load_case(identifier)
             gate, free = draw_gate(seg, self.boxes[identifier], rng)
-        if free and rng.random() < FREE_TILES:
+        has_targets = any(self.boxes[identifier].values())
+        if free and not (has_targets and rng.random() >= FREE_TILES):
             voxels = [[0, *(rng.integers(*axis) for axis in box)] for box in free]
             properties = properties | {"class_locations": {"no target": np.array(voxels)}}
         return data, seg, gate, properties
@@ -401,17 +411,15 @@ class ROICascadeTrainer(CalibratedTrainer):
         path = Path(self.output_folder, "calibration.json")
         if is_safe and path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
-            is_asked = list(found["margin"].values()) == margins and np.allclose(
-                list(found["score_threshold"].values()), scores
-            )
-            is_safe = not is_asked
+            own = {"score_threshold": np.round(scores, 6), "margin": margins}
+            is_safe = not all(np.array_equal(list(found[key].values()), values) for key, values in own.items())
         if is_safe:
             raise JobError(
                 "Validation got a detector that is not calibrated, as checkpoint_best is, or one whose calibration "
                 f"failed (see the log); its boxes, taken from a score of {SCORES[-1]} on with a margin of "
                 f"{_SAFE_MARGIN} voxels, may be most of a volume, and would replace those that the next stage has. "
-                "Expected the calibrated checkpoint_final. Leave --val_best out; where calibration failed, run this "
-                "command with --c, which repeats it."
+                "Expected the calibrated checkpoint_final. Run this command again with --val and without --val_best; "
+                "where calibration failed, with --c, which repeats it."
             )
 
     @torch.no_grad()
@@ -504,7 +512,7 @@ class ROICascadeTrainer(CalibratedTrainer):
             return
         self._is_switched.value = 1
         cases = self._training.identifiers
-        predicted = sum(map(self._training.has_prediction, cases))
+        predicted = sum(self._training.predicted_at(case) is not None for case in cases)
         if predicted != self._predicted:
             self._predicted = predicted
             self.print_to_log_file(
@@ -530,7 +538,7 @@ class ROICascadeTrainer(CalibratedTrainer):
             dataset = self.dataset_class(
                 self.preprocessed_dataset_folder, self.do_split()[1], self.folder_with_segs_from_previous_stage
             )
-            missing = [key for key in dataset.identifiers if not dataset.has_prediction(key)]
+            missing = [key for key in dataset.identifiers if dataset.predicted_at(key) is None]
             if missing:
                 raise JobError(
                     f"Validation got no boxes of the detector for {len(missing)} of {len(dataset.identifiers)} cases, "

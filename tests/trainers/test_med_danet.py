@@ -1,6 +1,7 @@
 """Med-DANet V2's trainers: what they build, their phases, calibration, and resuming, through nnU-Net's own steps."""
 
 import json
+from pathlib import Path
 
 import ddp_med_danet_worker
 import numpy as np
@@ -505,7 +506,10 @@ def test_a_calibration_that_fails_does_not_cost_the_training(prepared, tmp_path)
 
     trainer._observe = fails
     trainer.current_epoch = 3
+    stale = Path(trainer.output_folder, "calibration.json")
+    stale.write_text("{}")
     trainer.on_train_end()
+    assert not stale.exists()
     folder = next((tmp_path / "results").rglob("fold_all"))
     weights = torch.load(folder / "checkpoint_final.pth", weights_only=False)["network_weights"]
     assert weights["skip_threshold"] == weights["crop_threshold"] == NEVER

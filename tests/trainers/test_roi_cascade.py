@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -38,14 +39,17 @@ def make(tmp_path, monkeypatch):
     return make_trainer
 
 
-def predict(trainer, cases):
-    """Write what the detector would have predicted: one box of label 1, elsewhere than the labels' own."""
+def predict(trainer, cases, age=100.0):
+    """Write what the detector would have predicted ``age`` seconds ago: one box of label 1, elsewhere than the labels'
+    own."""
     folder = Path(trainer.folder_with_segs_from_previous_stage)
     folder.mkdir(parents=True, exist_ok=True)
     boxes = np.zeros(SHAPE, np.uint8)
     boxes[10:14, 10:14, :4] = 1
     for case in cases:
         nnUNetDatasetBlosc2.save_seg(boxes, str(folder / case))
+        written = time.time() - age
+        os.utime(folder / f"{case}.b2nd", (written, written))
     return boxes
 
 
@@ -203,7 +207,7 @@ def test_boxes_that_are_not_calibrated_are_handed_to_nobody(make, monkeypatch, a
     if asked is not None:
         found = {"score_threshold": dict.fromkeys("12", asked), "margin": {key: [4] * 3 for key in "12"}}
         Path(trainer.output_folder, "calibration.json").write_text(json.dumps(found))
-    with contextlib.nullcontext() if asked == 0.05 else pytest.raises(JobError, match=r"Leave --val_best out"):
+    with contextlib.nullcontext() if asked == 0.05 else pytest.raises(JobError, match="with --val and without"):
         trainer.perform_actual_validation()
     trainer._set_boxes(0.05, [4, 4, 3], 2)
     trainer.perform_actual_validation()
@@ -292,6 +296,27 @@ class TestSegmentor:
         boxes = predict(trainer, CASES[2:])
         _, validation = trainer.get_tr_and_val_datasets()
         assert np.array_equal(validation.load_case("case_2")[2][:], boxes)
+
+    def test_what_may_still_be_being_written_is_not_read(self, make):
+        trainer = make("3d_roi")
+        trainer.initialize()
+        boxes = predict(trainer, CASES[2:], age=30)
+        _, validation = trainer.get_tr_and_val_datasets()
+        assert not np.array_equal(validation.load_case("case_2")[2][:], boxes)
+
+    def test_cases_without_targets_are_placed_on_boxes_around_nothing(self, make, monkeypatch):
+        """Whatever share of the others is."""
+        trainer = make("3d_roi")
+        steps(trainer, 0)
+        dataset = trainer.dataloader_train.data_loader._data
+        monkeypatch.setattr(roi_cascade, "FREE_TILES", 0)
+        empty = {label: [] for label in BOXES}
+        monkeypatch.setattr(dataset, "boxes", dict.fromkeys(CASES, empty))
+        loads = [dataset.load_case("case_0") for _ in range(10)]
+        assert sum("no target" in properties["class_locations"] for *_, properties in loads) == sum(
+            bool(gate.any()) for _, _, gate, _ in loads
+        )
+        assert any(gate.any() for _, _, gate, _ in loads)
 
     def test_final_validation_never_sees_boxes_of_labels(self, make):
         trainer = make("3d_roi")
