@@ -1,9 +1,10 @@
 """Commands that predict, beside each other on the same images: seconds per case, start-up, memory.
 
-Seconds per case are (time for n cases - time for 1) / (n - 1), so that start-up does not hide the work; it is reported
-beside them; the time for one case is the median of ``--repeats`` runs. Each command gets ``-i`` and ``-o``. Ratios are
-to the first one. The rows are run in turn, for one case and then for all. Any command will do, also
-``nnUNetv2_predict`` with ``nnUNet_results`` set, and ``nnunet_dyn predict`` of a model folder or of an exported one.
+Seconds per case are (time for n cases - time for 1) / (n - 1), so that start-up does not hide the work. The start-up is
+reported beside them, or null where it comes out below 0, since the first case is smaller than others; the time for one
+case is the median of ``--repeats`` runs. Each command gets ``-i`` and ``-o``. Ratios are to the first one. The rows are
+run in turn, for one case and then for all. Any command will do, also ``nnUNetv2_predict`` with ``nnUNet_results`` set,
+and ``nnunet_dyn predict`` of a model folder or of an exported one.
 Example:
 
     python benchmarks/seconds_per_case.py imagesTs \\
@@ -64,13 +65,16 @@ def main() -> None:
             "command": " ".join(Path(word).name for word in shlex.split(command)),
             "seconds_per_case": round(per_case, 3),
             "cpu_seconds_per_case": round((many_cpu - one_cpu) / (len(names) - 1), 3),
-            "startup_seconds": round(one - per_case, 2),
+            "startup_seconds": round(one - per_case, 2) if one > per_case else None,
             "peak_bytes": peak,
         }
     reference = rows[args.row[0][0]]
     for row in rows.values():
         keys = ("seconds_per_case", "cpu_seconds_per_case", "startup_seconds", "peak_bytes")
-        row["ratios"] = {key: round(row[key] / reference[key], 3) for key in keys}
+        row["ratios"] = {
+            key: None if row[key] is None or reference[key] is None else round(row[key] / reference[key], 3)
+            for key in keys
+        }
         print(json.dumps(row))
     if args.output:
         result = {"machine": machine.describe(), "cases": len(names), "rows": rows}

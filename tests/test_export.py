@@ -238,8 +238,13 @@ def test_cases_of_the_training_are_not_taken_for_others(model, preprocessed, tmp
     assert cases.split(0) == (["case_0", "case_1", "case_2"], ["case_3", "case_4"])
     summary = copied / "fold_0" / "validation" / "summary.json"
     summary.parent.mkdir()
-    for names in (["case_3", "case_4"], ["case_1", "case_3"]):
-        files = [{"prediction_file": f"/somewhere/{name}.nii.gz"} for name in names]
+    windows = "D:\\somewhere\\"  # of a model that was trained there
+    for folder, names in (
+        ("/somewhere/", ["case_3", "case_4"]),
+        (windows, ["case_3", "case_4"]),
+        ("/somewhere/", ["case_1", "case_3"]),
+    ):
+        files = [{"prediction_file": f"{folder}{name}.nii.gz"} for name in names]
         summary.write_text(json.dumps({"metric_per_case": files}))
         if "case_4" in names:
             assert cases.split(0)[1] == names

@@ -133,7 +133,7 @@ class Predictor(nnUNetPredictor):
     def from_folder(
         cls,
         folder: str | Path,
-        folds: Sequence[int | str] | None = None,
+        folds: Sequence[int | str] | int | str | None = None,
         checkpoint: str = CHECKPOINT,
         *,
         engine: str | None = None,
@@ -150,7 +150,7 @@ class Predictor(nnUNetPredictor):
         """Load a model folder of nnU-Net, or one that ``nnunet_dyn export`` wrote.
 
         Args:
-            folds: to average over; ``None`` takes all that are there.
+            folds: to average over, or the one; ``None`` takes all that are there.
             checkpoint: file name in each fold's folder; an exported folder has its own.
             engine: ``torch``, ``openvino`` or ``onnxruntime``; ``None`` takes torch, or what the folder was exported
                 for.
@@ -171,6 +171,7 @@ class Predictor(nnUNetPredictor):
             UsageError: no such folder, fold, engine, precision or device.
             JobError: a model that cannot be loaded.
         """
+        folds = [folds] if isinstance(folds, (int, str)) else folds
         exported = load_exported(Path(folder)) if is_exported(folder) else None
         if exported is not None:
             engine, precision = exported.check(engine, precision, checkpoint)
@@ -910,11 +911,23 @@ def list_cases(images: str | Path | Sequence[Sequence[str | Path]], ending: str)
     Files with the ending but another naming are left out, with a line on standard error.
 
     Raises:
-        UsageError: no folder, or nothing in it that nnU-Net would take for an image.
+        UsageError: no folder, or nothing in it that nnU-Net would take for an image; of a list, other names, or two
+            cases of one name.
     """
     if not isinstance(images, (str, Path)):
-        cases = [[Path(path) for path in files] for files in images]
-        return [(files[0].name[: -len(ending) - 5], files) for files in cases]
+        cases: dict[str, list[Path]] = {}
+        for files in ([Path(path) for path in each] for each in images):
+            first = files[0] if files else Path()
+            if not first.match(f"*_[0-9][0-9][0-9][0-9]{ending}"):
+                raise UsageError(f"Got a case of {[*map(str, files)]}; expected channel files as case_0000{ending}.")
+            case = first.name[: -len(ending) - 5]
+            if case in cases:
+                raise UsageError(
+                    f"Got two cases called {case}, {cases[case][0]} and {first}; expected names of their own, as "
+                    "segmentations have. Rename them, or predict them into two folders."
+                )
+            cases[case] = files
+        return list(cases.items())
     folder = Path(images)
     if not folder.is_dir():
         raise UsageError(f"No folder {folder}; expected one with images named as case_0000{ending}.")

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 from typing import TypeVar
 
@@ -103,7 +103,8 @@ class Cases:
             ending = self.model.dataset["file_ending"]
             try:
                 cases = json.loads(summary.read_text())["metric_per_case"]
-                done = {Path(case["prediction_file"]).name.removesuffix(ending) for case in cases}
+                # Wherever it was trained: this class takes both kinds of separators.
+                done = {PureWindowsPath(case["prediction_file"]).name.removesuffix(ending) for case in cases}
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise JobError(f"Cannot read {summary}: {type(error).__name__}: {error}. Remove it.") from error
             if done != set(validation):

@@ -14,6 +14,7 @@ from nnunet_dyn.inference import Predictor
 from nnunet_dyn.inference import predictor as module
 from nnunet_dyn.inference.engines import TorchEngine
 from nnunet_dyn.inference.model_folder import load_model
+from nnunet_dyn.inference.predictor import list_cases
 
 SMALLEST_AGREEMENT = 0.9999
 
@@ -78,10 +79,24 @@ def test_the_prediction_is_nnunets(tmp_path, name, probabilities):
         assert predicted.probabilities is None
 
 
+@pytest.mark.parametrize(
+    ("files", "error"),
+    [
+        ([["p1/ct_0000.nii.gz"], ["p2/ct_0000.nii.gz"]], r"two cases called ct, .*p1.* and .*p2"),
+        ([["a/ct.nii.gz"]], r"expected channel files as case_0000\.nii\.gz"),
+        ([[]], r"Got a case of \[\]"),
+    ],
+)
+def test_lists_of_files_that_cannot_be(files, error):
+    with pytest.raises(UsageError, match=error):
+        list_cases(files, ".nii.gz")
+
+
 def test_folds_are_found_and_averaged(tmp_path):
     folder = models.write_model(tmp_path / "model", folds=2)
     array = models.image((18, 20, 22))
-    both, first = (Predictor.from_folder(folder, folds, device="cpu") for folds in (None, [0]))
+    both, first, alone = (Predictor.from_folder(folder, folds, device="cpu") for folds in (None, [0], 0))
+    assert both.folds == (0, 1) and first.folds == alone.folds == (0,)
     assert both.engine.folds == 2
     data = torch.from_numpy(array)
     logits = [predictor.predict_logits_from_preprocessed_data(data) for predictor in (both, first)]
