@@ -492,6 +492,16 @@ def test_int8_needs_preprocessed_cases_and_fp32_force(model, tmp_path, monkeypat
     assert manifest["accuracy"] == [] and manifest["max_dice_drop"] is None
 
 
+def test_without_the_splits_of_the_training_fp32_needs_force(model, preprocessed, tmp_path, monkeypatch, capsys):
+    data = Path(shutil.copytree(preprocessed, tmp_path / "data"))
+    next(data.rglob("splits_final.json")).unlink()
+    monkeypatch.setenv("nnUNet_preprocessed", str(data))
+    assert export(model, tmp_path / "exported", "--precision", "fp32") == 2
+    assert "unchecked with --force" in capsys.readouterr().err and not (tmp_path / "exported").exists()
+    assert export(model, tmp_path / "exported", "--precision", "fp32", "--force") == 0
+    assert manifest_of(tmp_path / "exported")["accuracy"] == []
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

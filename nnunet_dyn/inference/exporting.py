@@ -118,7 +118,7 @@ def export_model(
     model = load_model(folder, folds, checkpoint)
     _check_decides(model.network, options)
     names = list(folds or available_folds(folder, checkpoint))
-    cases, first = _cases(model, folder, options), None
+    cases, first = _cases(model, folder, names, options), None
     if isinstance(model.network, ROISegmentor):
         first = _FirstStage.of(model, folder, names, checkpoint, options)
         cases = None if first.cases is None else cases  # without boxes there is nothing to check
@@ -136,10 +136,13 @@ def export_model(
     return manifest
 
 
-def _cases(model: Model, folder: Path, options: ExportOptions) -> Cases | None:
-    """The preprocessed cases; ``None`` where there are none and that is allowed."""
+def _cases(model: Model, folder: Path, folds: Sequence[int | str], options: ExportOptions) -> Cases | None:
+    """The preprocessed cases; ``None`` where there are none, or not as they were split, and that is allowed."""
     try:
-        return Cases.of(model, folder, hands_on=not isinstance(model.network, ROISegmentor))
+        cases = Cases.of(model, folder, hands_on=not isinstance(model.network, ROISegmentor))
+        for fold in folds:
+            cases.split(fold)
+        return cases
     except UsageError:
         if options.precision == "int8" or not options.force:
             raise
@@ -173,7 +176,7 @@ class _FirstStage:
                 "Train it, or copy its model folder."
             )
         first = load_model(beside, chosen, checkpoint)
-        return cls(first, chosen, _cases(first, beside, options))
+        return cls(first, chosen, _cases(first, beside, chosen, options))
 
     def which(self, fold: int | str) -> list[int | str]:
         """Folds of the detector for the segmentor of ``fold``: the one that has not seen its validation cases."""

@@ -87,7 +87,8 @@ class Cases:
         if fold != "all" and not splits.is_file():
             raise UsageError(
                 f"No {splits}; expected the splits of the training, without which a case of the training may be taken "
-                "for one of the validation. Copy that file from where the model was trained."
+                "for one of the validation. Copy that file from where the model was trained, or write fp32 or bf16 "
+                "unchecked with --force."
             )
         trainer = SimpleNamespace(
             fold=fold,
