@@ -28,6 +28,16 @@ _PARTS = 5
 _LEAST_MARGIN = 4
 
 
+def _of_left_out(what: str, shares: Mapping[str, float], lost: int) -> str:
+    if not shares:
+        return ""
+    label, share = min(shares.items(), key=lambda pair: pair[1])
+    return (
+        f" In cases that the {what} not set on, the lowest is class {label}, {100 * share:.2f} %, "
+        f"components lost whole: {lost}."
+    )
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Thresholds and what they do on the cases they were set on.
@@ -86,12 +96,7 @@ class Calibration:
         if case:
             text += f" Lowest: {case}, class {label}, {100 * share:.2f} %."
         text += f" Components lost whole: {self.lost_components}."
-        if self.left_out:
-            label, share = min(self.left_out.items(), key=lambda pair: pair[1])
-            text += (
-                f" In cases that the thresholds were not set on, the lowest is class {label}, {100 * share:.2f} %, "
-                f"components lost whole: {self.left_out_lost}."
-            )
+        text += _of_left_out("thresholds were", self.left_out, self.left_out_lost)
         if self.slack:
             text += f" So few cases raise the thresholds by {self.slack:.2f} logits."
         if self.unseen:
@@ -342,12 +347,7 @@ class BoxCalibration:
         if case:
             text += f" Lowest: {case}, class {label}, {100 * share:.2f} %."
         text += f" Components lost whole: {self.lost_components}."
-        if self.left_out:
-            label, share = min(self.left_out.items(), key=lambda pair: pair[1])
-            text += (
-                f" In cases that the margin was not set on, the lowest is class {label}, {100 * share:.2f} %, "
-                f"components lost whole: {self.left_out_lost}."
-            )
+        text += _of_left_out("margin was", self.left_out, self.left_out_lost)
         if self.unseen:
             text += f" No voxels in the validation cases, so that nothing is known: {', '.join(self.unseen)}."
         if self.is_useless:
@@ -378,7 +378,7 @@ class _Targets:
 
     def held(self, inside: np.ndarray) -> np.ndarray:
         """Voxels of each component where ``inside: (N,)``, and all: ``(2, components)``."""
-        return np.stack([np.bincount(self.component, self.voxels * counts) for counts in (inside, True)])
+        return _sums(self.component, self.voxels, inside)
 
 
 @dataclass(eq=False)  # two cases of one name are two, and arrays do not compare
@@ -455,8 +455,7 @@ class _Reach:
             inside = np.zeros(len(self._component), bool)
             reached = (beyond <= more for beyond, more in zip(self._beyond, margin, strict=True))
             inside[self._cell[np.logical_and.reduce(list(reached))]] = True
-            sums = [np.bincount(self._component, self._voxels * counts, len(self.part)) for counts in (inside, True)]
-            self._found[margin] = np.stack(sums)
+            self._found[margin] = _sums(self._component, self._voxels, inside)
         return self._found[margin]
 
 
@@ -680,6 +679,11 @@ class BoxEvidence:
     def _badness(self, held: _Held, min_coverage: float, min_component: int) -> tuple[int, float]:
         """What is to be lowest: components lost, then what the worst class lacks."""
         return self._lost(held, min_component), -min([min_coverage, *self._coverage(held).values()])
+
+
+def _sums(component: np.ndarray, voxels: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Of each component the voxels where ``inside``, and all, as :data:`_Held` has them."""
+    return np.stack([np.bincount(component, voxels * counts) for counts in (inside, True)])
 
 
 def _joined(parts: Iterable[_Held]) -> _Held:

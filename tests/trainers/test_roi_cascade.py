@@ -215,7 +215,7 @@ def test_boxes_that_are_not_calibrated_are_handed_to_nobody(make, monkeypatch, a
 
 
 class TestSegmentor:
-    def test_it_trains_on_boxes_of_labels_before_the_detector_has_run(self, make):
+    def test_it_trains_on_boxes_of_labels_before_the_detector_has_run(self, make, monkeypatch):
         trainer = make("3d_roi")
         assert all(np.isfinite(steps(trainer, 2)))
         assert isinstance(trainer.module, ROISegmentor) and trainer.module.image_channels == 1
@@ -230,6 +230,11 @@ class TestSegmentor:
         held = np.mean([(gate > 0)[part].mean() for gate in drawn for part in BOXES.values()])
         assert held > 0.95
         assert 0.03 < np.median([(gate > 0).mean() for gate in drawn]) < 0.5
+        for share in ("LOOSE_SHARE", "FREE_SHARE"):  # those of a good detector
+            monkeypatch.setattr(roi_cascade, share, 0)
+        drawn = [dataset.load_case("case_0")[2] for _ in range(20)]
+        assert np.mean([(gate == label)[part].mean() for gate in drawn for label, part in BOXES.items()]) > 0.95
+        assert all(0.03 < (gate > 0).mean() < 0.35 for gate in drawn)
         path = Path(trainer.output_folder_base, "label_boxes.json")
         assert set(json.loads(path.read_text())) == set(CASES)
         assert all("label_boxes" not in name for name in os.listdir(trainer.preprocessed_dataset_folder))
