@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -268,3 +269,10 @@ class FusedMBConv(_ResidualBlock):
 
 def _keeps_shape(stride: SpatialSize, input_channels: int, output_channels: int) -> bool:
     return input_channels == output_channels and np.all(np.asarray(stride) == 1).item()
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    """A context in which operators on the device of ``x`` compute in the dtype of their arguments."""
+    if not torch.amp.is_autocast_available(x.device.type):  # such as meta, and MPS before torch 2.5
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)

@@ -26,8 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 from torchvision.models import ShuffleNetV2
 
 from nnunet_dyn.accounting import count_operations, training_memory
-from nnunet_dyn.architectures.blocks import kept_maps, strided_size
-from nnunet_dyn.architectures.dynamic_convs.base import without_autocast
+from nnunet_dyn.architectures.blocks import kept_maps, strided_size, without_autocast
 from nnunet_dyn.decisions import EVERYTHING_ON, EVERYTHING_SKIPPED
 from nnunet_dyn.quantization import FULL_PRECISION, quantized
 from nnunet_dyn.safety import NEVER

@@ -199,7 +199,7 @@ class TorchEngine(Engine):
         """What ``run`` returns for ``arguments``, computed in the precision of the engine."""
         import torch
 
-        from nnunet_dyn.architectures.dynamic_convs.base import without_autocast
+        from nnunet_dyn.architectures.blocks import without_autocast
 
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         with without_autocast(arguments[0]) if dtype is None else torch.autocast(self.device.type, dtype=dtype):

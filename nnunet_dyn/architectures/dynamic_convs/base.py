@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
+from nnunet_dyn.architectures.blocks import without_autocast
 from nnunet_dyn.architectures.fast_convs import fast_conv_op, is_fast_geometry
 
 Kernel = tuple[torch.Tensor, torch.Tensor | None]
@@ -219,13 +219,6 @@ def fresh_kernel(conv: DynamicConv, initialize: Callable[[nn.Module], object] | 
     if initialize is not None:
         initialize(static)
     return static.weight, static.bias
-
-
-def without_autocast(x: torch.Tensor) -> AbstractContextManager:
-    """A context in which operators on the device of ``x`` compute in the dtype of their arguments."""
-    if not torch.amp.is_autocast_available(x.device.type):  # such as meta, and MPS before torch 2.5
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
 
 
 class Linear(nn.Linear):

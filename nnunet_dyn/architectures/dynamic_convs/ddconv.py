@@ -9,7 +9,7 @@ import torch
 from torch.nn.modules.conv import _ConvNd
 from torchvision.ops import deform_conv2d
 
-from nnunet_dyn.architectures.dynamic_convs.base import without_autocast
+from nnunet_dyn.architectures.blocks import without_autocast
 from nnunet_dyn.architectures.dynamic_convs.condconv import CondConv
 
 

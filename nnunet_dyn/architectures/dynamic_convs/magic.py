@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from nnunet_dyn.architectures.blocks import without_autocast
 from nnunet_dyn.architectures.dynamic_convs.base import (
     BatchNorm,
     KernelBank,
     LayerNorm,
     Linear,
     reduced,
-    without_autocast,
 )
 
 # Elements of a map that are summarised at a time: few enough for the last cache, enough to start threads for.
