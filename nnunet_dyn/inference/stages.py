@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -20,9 +20,12 @@ from torch import nn
 from nnunet_dyn.architectures.med_danet import Decision, MedDANetV2, crop_size
 from nnunet_dyn.inference.conversion import Arrays, convert
 from nnunet_dyn.inference.engines import TorchEngine
-from nnunet_dyn.inference.openvino_engine import compiled, computes_in, run
+from nnunet_dyn.inference.openvino_engine import compiled, computes_in, read, run
 from nnunet_dyn.inference.parts import Part, Parts, Run, load_rest, reading, weights_of
 from nnunet_dyn.quantization import FULL_PRECISION, current_width
+
+if TYPE_CHECKING:
+    import openvino
 
 Size = tuple[int, int]
 # A slice and what is done with it; ``None``: it is decided on.
@@ -122,7 +125,10 @@ def _read(file: Path) -> tuple[list[dict], str]:
 
 
 class StagesEngine(TorchEngine):
-    """Runs a :class:`MedDANetV2` per fold, whose modules are models of OpenVINO, all compiled at once.
+    """Runs a :class:`MedDANetV2` per fold, whose modules are models of OpenVINO.
+
+    All of them are read at once, and compiled when first used: there are as many of a module as sizes and precisions,
+    of which a case needs few.
 
     Args:
         network: as the plans have it; its weights do not matter.
@@ -140,9 +146,10 @@ class StagesEngine(TorchEngine):
         self.folds = len(files)
         _fuse(network, patch)
         self._networks = [_load(deepcopy(network), file, self.threads) for file in files]
-        parts = [part for part in self._networks[0].modules() if isinstance(part, _Compiled)]
-        if low := [part.computes_in[key] for part in parts for key in part.computes_in if key[1] != "fp32"]:
-            self.computes_in = low[0]
+        for own in self._networks:
+            for precision, request in _one_of_each_precision(own).items():
+                if precision != "fp32":
+                    self.computes_in = computes_in(request.get_compiled_model())
 
     def load(self, fold: int) -> None:
         self.network = self._networks[fold]
@@ -164,6 +171,16 @@ def _load(network: MedDANetV2, file: Path, threads: int) -> MedDANetV2:
     return network.eval()
 
 
+def _one_of_each_precision(network: MedDANetV2) -> dict[str, openvino.InferRequest]:
+    """Ready to run, so that a machine which cannot is known before the first case."""
+    requests: dict[str, openvino.InferRequest] = {}
+    for module in network.modules():
+        for size, precision in module.files if isinstance(module, _Compiled) else ():
+            if precision not in requests:
+                requests[precision] = module.prepare(size, precision)
+    return requests
+
+
 def _rest(network: MedDANetV2) -> dict[str, torch.Tensor]:
     """What ``network`` has learnt beside the modules that are replaced."""
     replaced = tuple(f"{path}." for path in _stages(network))
@@ -180,14 +197,20 @@ class _Compiled(nn.Module):
 
     def __init__(self, files: dict[tuple[Size, str], Path], threads: int):
         super().__init__()
-        self.files = files
-        # Now, so that a model which cannot run is known before the first case.
-        models = {key: compiled(file, key[1], threads) for key, file in files.items()}
-        self.computes_in = {key: computes_in(model) for key, model in models.items()}
-        self._requests = {key: model.create_infer_request() for key, model in models.items()}
+        self.files, self.threads = files, threads
+        self._models = {key: read(file) for key, file in files.items()}
+        self._requests: dict[tuple[Size, str], openvino.InferRequest] = {}
+
+    def prepare(self, size: Size, precision: str) -> openvino.InferRequest:
+        """What runs the model for ``size`` in ``precision``."""
+        key = size, precision
+        if key not in self._requests:
+            model = self._models.pop(key)
+            self._requests[key] = compiled(model, precision, self.threads).create_infer_request()
+        return self._requests[key]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        request = self._requests[tuple(x.shape[2:]), precision_of(current_width())]
+        request = self.prepare(tuple(x.shape[2:]), precision_of(current_width()))
         return torch.cat([torch.from_numpy(run(request, row)[0].copy()) for row in x.split(1)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Compiled:

@@ -1,6 +1,7 @@
 """Med-DANet V2 exported: the same decisions, in integers and half precision that are real."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from nnunet_dyn.architectures.med_danet import Decision, MedDANetV2, ModifiedUNet
 from nnunet_dyn.errors import JobError
 from nnunet_dyn.inference.conversion import scratch
-from nnunet_dyn.inference.stages import StagesEngine, _fuse, _seen, _stages, convert_stages, precision_of
+from nnunet_dyn.inference.stages import StagesEngine, _Compiled, _fuse, _seen, _stages, convert_stages, precision_of
 from nnunet_dyn.quantization import FULL_PRECISION, current_width, quantized
 
 pytest.importorskip("openvino", reason="the extra nnunet-dyn[openvino] is not installed")
@@ -123,6 +124,24 @@ def test_files_that_are_not_those_of_the_network(exported, tmp_path, spoil, expe
     np.savez(tmp_path / "fold_0.npz", **rest)
     with pytest.raises(JobError, match=expected):
         StagesEngine(build(7), [tmp_path / "fold_0.json"], PATCH, threads=1)
+
+
+@torch.inference_mode()
+def test_models_are_read_at_once_and_compiled_when_first_used(exported, slices, tmp_path):
+    (folder,) = {path.parent for part in exported._networks for path in part.policy.files.values()}
+    shutil.copytree(folder, tmp_path / "moved")
+    engine = StagesEngine(build(7), [tmp_path / "moved" / "fold_0.json"], PATCH, threads=1)
+    engine.load(0)
+    ready = [len(part._requests) for part in engine.network.modules() if isinstance(part, _Compiled)]
+    assert sum(ready) == 3, "one of each precision, which shows that they run"
+    assert engine.computes_in == exported.computes_in
+    decision = [Decision("whole", None, (8,) * 3)]
+    expected = exported.network.execute(slices[:1], decision)[0]
+    shutil.rmtree(tmp_path / "moved")
+    assert torch.equal(engine.network.execute(slices[:1], decision)[0], expected), "what had the hashes"
+    parts = [part for part in engine.network.backbone.modules() if isinstance(part, _Compiled)]
+    sizes = {size for part in parts for size, _ in part._requests}
+    assert sizes == {PATCH, (PATCH[0] // 2, PATCH[1] // 2)}, "none of crops"
 
 
 @torch.inference_mode()
