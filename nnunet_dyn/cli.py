@@ -13,6 +13,7 @@ from types import ModuleType
 
 from nnunet_dyn import __version__
 from nnunet_dyn.errors import JobError, UsageError
+from nnunet_dyn.interrupts import interruptible
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args, module = _parse(argv)
-        return module.run(args)
+        with interruptible():
+            return module.run(args)
     except (UsageError, JobError) as error:
         print("nnunet_dyn:", " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -30,10 +30,17 @@ def plans(
     channels: int = 1,
     transpose: Sequence[int] = (0, 1, 2),
     resampling: tuple[str, dict] = ("resample_data_or_seg_to_shape", LINEAR),
+    residual: bool = False,
+    reader: str = "SimpleITKIO",
 ) -> dict:
-    """Plans with one configuration of a network of three small stages."""
+    """Plans with one configuration of a network of three small stages, plain or with nnU-Net's residual encoder."""
     made = plans_manager(dimension, patch_size, n_stages=3, features=(8, 16, 32)).plans
+    made["image_reader_writer"] = reader
     (configuration,) = made["configurations"].values()
+    if residual:
+        architecture = configuration["architecture"]
+        architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+        architecture["arch_kwargs"]["n_blocks_per_stage"] = architecture["arch_kwargs"].pop("n_conv_per_stage")
     name, kwargs = resampling
     configuration |= {
         "spacing": list(spacing)[-dimension:],

@@ -201,6 +201,7 @@ def test_a_request_to_terminate_ends_the_command_and_its_workers(tmp_path):
 import os, signal, sys
 from pathlib import Path
 from nnunet_dyn.demo import steps
+from nnunet_dyn.interrupts import interruptible
 
 def terminate(line):
     print(line, flush=True)
@@ -211,7 +212,7 @@ before = signal.getsignal(signal.SIGTERM)
 runs = steps.Steps(1, Path({str(tmp_path)!r}), os.environ, sys.stderr)
 runs.begin("train")
 try:
-    with steps.interruptible():
+    with interruptible():
         runs.command("nnUNetv2_train", ["-c", {program!r}], terminate)
 except KeyboardInterrupt:
     sys.exit(0 if signal.getsignal(signal.SIGTERM) == before else 5)

@@ -5,12 +5,14 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import imageio.v3 as imageio
 import models
 import nibabel
 import numpy as np
@@ -189,6 +191,76 @@ def test_an_error_while_writing_leaves_no_half_written_file(model, images, tmp_p
     assert "No space left on device" in capsys.readouterr().err
     assert (out / "case_0.nii.gz").read_bytes() == complete
     assert not [name for name in names(out) if "partial" in name]
+
+
+# In a process of its own: the signal is for the whole process, and this one runs the other tests.
+TERMINATED = """
+import os, signal, sys
+from nnunet_dyn import cli
+from nnunet_dyn.inference import predictor
+
+def request_to_terminate(*arguments):
+    assert [name for name in os.listdir(sys.argv[1]) if name.startswith(".partial-")]
+    os.kill(os.getpid(), signal.SIGTERM)
+
+predictor.segment = request_to_terminate
+sys.exit(cli.main(["predict", "-o", sys.argv[1], "-f", "0", "-device", "cpu", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals of this kind on Windows")
+@pytest.mark.parametrize("ignored", [False, True], ids=["ended", "ignored"])
+def test_a_request_to_terminate_leaves_nothing_half_written(model, images, tmp_path, ignored):
+    def ignore():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    out = tmp_path / "out"
+    ended = subprocess.run(
+        [sys.executable, "-c", TERMINATED, out, "-m", model, "-i", images],
+        capture_output=True, text=True, timeout=120, preexec_fn=ignore if ignored else None,
+    )  # fmt: skip
+    if ignored:  # as under nohup; each case then fails, since nothing is returned
+        assert ended.returncode == 1 and ended.stderr.count("failed: case_") == 3, ended.stderr
+    else:
+        assert ended.returncode == 130 and "interrupted" in ended.stderr, ended.stderr
+    assert not [name for name in names(out) if "partial" in name or name.endswith(".nii.gz")]
+
+
+def test_checkpoint_and_fold_by_name(model, copy, images, tmp_path):
+    (copy / "fold_0" / "checkpoint_final.pth").rename(copy / "fold_0" / "checkpoint_best.pth")
+    (copy / "fold_0").rename(copy / "fold_all")
+    shutil.rmtree(copy / "fold_1", ignore_errors=True)
+    assert predict(copy, images, tmp_path / "named", "-f", "all", "-chk", "checkpoint_best.pth") == 0
+    assert predict(model, images, tmp_path / "expected") == 0
+    for case in ("case_0.nii.gz", "case_1.nii.gz"):
+        named, expected = (sitk.GetArrayFromImage(read(tmp_path / each / case)) for each in ("named", "expected"))
+        assert (named == expected).all() and len(np.unique(expected)) > 2
+
+
+def test_pictures_are_predicted_as_nnunet_does(tmp_path):
+    """PNG files of three colours, by the reader that nnU-Net has for them."""
+    options = {"dimension": 2, "patch_size": (24, 16), "channels": 3, "reader": "NaturalImage2DIO"}
+    folder = models.write_model(tmp_path / "model", **options)
+    use_ending(folder, ".png")
+    (tmp_path / "images").mkdir()
+    colours = np.random.default_rng(0).integers(0, 256, (40, 31, 3), dtype=np.uint8)
+    imageio.imwrite(tmp_path / "images" / "case_0000.png", colours)
+    stock = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    stock.initialize_from_trained_model_folder(str(folder), (0,))
+    (tmp_path / "stock").mkdir()
+    stock.predict_from_files_sequential(str(tmp_path / "images"), str(tmp_path / "stock"))
+    assert predict(folder, tmp_path / "images", tmp_path / "ours") == 0
+    ours, expected = (imageio.imread(tmp_path / each / "case.png") for each in ("ours", "stock"))
+    assert ours.shape == (40, 31) and (ours == expected).mean() >= 0.9999 and len(np.unique(ours)) > 2
+
+
+def test_what_is_resampled_on_the_disk_lies_beside_the_output(images, tmp_path, monkeypatch):
+    """The system's temporary folder may be memory."""
+    function = ("resample_data_or_seg_to_shape", {**models.LINEAR, "order": 3})
+    folder = models.write_model(tmp_path / "model", spacing=(1.5, 1, 1), resampling=function)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "memory"))
+    assert predict(folder, images, tmp_path / "out") == 0
+    assert len(names(tmp_path / "out")) == 5
 
 
 def test_a_tiff_has_its_spacing_beside_it(copy, tmp_path, capsys):

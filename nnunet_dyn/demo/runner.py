@@ -22,7 +22,7 @@ from nnunet_dyn.demo.results import (
     write_json,
     write_table,
 )
-from nnunet_dyn.demo.steps import Steps, interruptible, minutes
+from nnunet_dyn.demo.steps import Steps, minutes
 from nnunet_dyn.errors import UsageError
 
 DEFAULT_OUTPUT = "demo_output"
@@ -142,8 +142,7 @@ def run(args: argparse.Namespace) -> int:
     }
     write_json(layout.record, {"status": "running", **settings})
     try:
-        with interruptible():
-            steps, dice = _run_steps(args, trainer, layout, settings)
+        steps, dice = _run_steps(args, trainer, layout, settings)
     except BaseException:
         write_json(layout.record, {"status": "failed", **settings})
         raise

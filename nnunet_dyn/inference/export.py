@@ -148,6 +148,7 @@ def segment(
     labels: LabelManager,
     properties: dict,
     allocate_probabilities: Callable[[tuple[int, ...]], np.ndarray] | None = None,
+    scratch: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """What nnU-Net's ``convert_predicted_logits_to_segmentation_with_correct_shape`` returns, from less memory.
 
@@ -156,6 +157,7 @@ def segment(
         properties: of the image, as nnU-Net's preprocessor leaves them.
         allocate_probabilities: called with (classes, *image shape), gives the zeroed float32 array for the
             probabilities. ``None``: they are not computed.
+        scratch: folder for what does not go into memory, ``None`` the system's, which may be memory.
 
     Returns:
         The segmentation, (*image shape), uint8 or from 255 labels on uint16, and the probabilities.
@@ -167,7 +169,7 @@ def segment(
     function = configuration.resampling_fn_probabilities
     rule = resampling_rule(function, tuple(logits.shape[1:]), new_shape, spacing, new_spacing)
     if rule is None:
-        logits = _resample_on_disk(function, logits, new_shape, spacing, new_spacing)
+        logits = _resample_on_disk(function, logits, new_shape, spacing, new_spacing, scratch)
         rule = resampling_rule(function, new_shape, new_shape, spacing, new_spacing)
 
     image_shape = [int(properties["shape_before_cropping"][axis]) for axis in plans.transpose_backward]
@@ -228,13 +230,15 @@ def _slabs(
         yield (slice(first, last), *inside), slab.half().float() if rule.half else slab
 
 
-def _resample_on_disk(function: Callable, logits: torch.Tensor, new_shape, spacing, new_spacing) -> torch.Tensor:
+def _resample_on_disk(
+    function: Callable, logits: torch.Tensor, new_shape, spacing, new_spacing, folder: Path | None
+) -> torch.Tensor:
     """All classes resampled by ``function`` itself, one at a time, in a file that is gone when it is closed."""
     resampled = None
     for index in range(len(logits)):
         values = np.asarray(function(logits[index : index + 1], new_shape, spacing, new_spacing))[0]
         if resampled is None:
-            with tempfile.TemporaryFile() as file:
+            with tempfile.TemporaryFile(dir=folder) as file:
                 _reserve(file, len(logits) * values.nbytes)
                 resampled = np.memmap(file, values.dtype, "w+", shape=(len(logits), *values.shape))
         resampled[index] = values

@@ -604,10 +604,12 @@ class Predictor(nnUNetPredictor):
         seconds: dict[str, float],
         allocate_probabilities: Callable[[tuple[int, ...]], np.ndarray] | None,
         picture: Path | None = None,
+        scratch: Path | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None, CaseDecisions | None]:
         """Segmentation, probabilities and decisions.
 
-        Adds to ``seconds``, takes the array out of ``image`` to free it, and draws the decisions into ``picture``.
+        Adds to ``seconds``, takes the array out of ``image`` to free it, and draws the decisions into ``picture``. What
+        does not go into memory is kept in ``scratch``.
         """
         before = None
         if previous_stage is None and self.first_stage is not None:
@@ -634,6 +636,7 @@ class Predictor(nnUNetPredictor):
                 self.label_manager,
                 properties,
                 allocate_probabilities,
+                scratch,
             )
         return segmentation, probabilities, decisions
 
@@ -885,7 +888,7 @@ class Predictor(nnUNetPredictor):
             if save_probabilities:
                 allocate = packing.enter_context(probabilities_file(folder / f"{outcome.case}.npz"))
             segmentation, _, decisions = self._predict_case(
-                image, properties, before, outcome.seconds, allocate, names.get(".png")
+                image, properties, before, outcome.seconds, allocate, names.get(".png"), folder
             )
             with _timed(outcome.seconds, "export"):
                 if ".json" in names:

@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock
 from nnunet_dyn.architectures.dynamic_convs.magic import MAGICConv
 from nnunet_dyn.errors import JobError, UsageError
 from nnunet_dyn.inference import Predictor
-from nnunet_dyn.inference.conversion import _kept, _Layer, _layers, convert, quantise, runner
+from nnunet_dyn.inference.conversion import OPSET, _kept, _Layer, _layers, convert, quantise, runner
 from nnunet_dyn.inference.exporting import ExportOptions, export_model
 
 ENGINES = {3: "openvino", 2: "onnxruntime"}
@@ -74,10 +74,15 @@ def test_folds_have_their_own_weights(planar, engine, monkeypatch):
 
 def test_an_exported_folder_of_onnx(planar, tmp_path, monkeypatch):
     need("onnxruntime")
+    import onnx
+
     monkeypatch.delenv("nnUNet_preprocessed", raising=False)
     options = ExportOptions("onnxruntime", "fp32", force=True)
     manifest = export_model(planar, tmp_path / "exported", options)
     assert manifest.models == ("fold_0.onnx", "fold_1.onnx") and manifest.mirroring_axes == (0,)
+    written = onnx.load(tmp_path / "exported" / "fold_0.onnx")
+    assert {entry.domain: entry.version for entry in written.opset_import}[""] == OPSET
+    assert [size.dim_value for size in written.graph.input[0].type.tensor_type.shape.dim] == [1, 1, 24, 16]
     array = models.image(SHAPES[2])
     for folds in (None, [1]):
         results = [
@@ -85,6 +90,28 @@ def test_an_exported_folder_of_onnx(planar, tmp_path, monkeypatch):
             for source in (planar, tmp_path / "exported")
         ]
         assert (results[0] == results[1]).mean() >= 0.9999 and len(np.unique(results[0])) > 2
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize(
+    "options", [{"residual": True}, {"previous_stage": True}], ids=["residual encoder", "second stage of a cascade"]
+)
+def test_nnunets_other_networks_are_exported(tmp_path, monkeypatch, engine, options):
+    need(engine)
+    monkeypatch.delenv("nnUNet_preprocessed", raising=False)
+    folder = write_model(tmp_path / "model", **options)
+    export_model(folder, tmp_path / "exported", ExportOptions(engine, "fp32", force=True))
+    array, given = models.image(SHAPES[3]), {}
+    if "previous_stage" in options:
+        given = {"previous_stage": np.random.default_rng(0).integers(0, 5, SHAPES[3])}
+    results = [
+        Predictor.from_folder(source, device="cpu").predict(array, (1, 1, 1), **given).segmentation
+        for source in (folder, tmp_path / "exported")
+    ]
+    assert (results[0] == results[1]).mean() >= 0.9999 and len(np.unique(results[0])) > 2
+    if given:
+        with pytest.raises(UsageError, match="Give its segmentations with -prev_stage_predictions"):
+            Predictor.from_folder(tmp_path / "exported", device="cpu").predict(array, (1, 1, 1))
 
 
 def test_bf16_is_close(planar):

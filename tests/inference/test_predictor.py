@@ -19,8 +19,8 @@ from nnunet_dyn.inference.predictor import list_cases
 SMALLEST_AGREEMENT = 0.9999
 
 
-def stock(folder, folds=(0,), mirroring=True) -> nnUNetPredictor:
-    predictor = nnUNetPredictor(use_mirroring=mirroring, device=torch.device("cpu"), allow_tqdm=False)
+def stock(folder, folds=(0,), **options) -> nnUNetPredictor:
+    predictor = nnUNetPredictor(**options, device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(folder), folds)
     return predictor
 
@@ -49,6 +49,7 @@ MODELS = {
                spacing=(3, 1, 1)),
     "2d, regions, two folds": dict(options={"dimension": 2, "patch_size": (24, 16), "labels": models.REGIONS,
                                             "folds": 2}, shape=(5, 40, 31), spacing=(3, 1, 1)),
+    "residual encoder": dict(options={"residual": True}, shape=(20, 30, 25), spacing=(1, 1, 1)),
     "smaller than the patch": dict(options={}, shape=(7, 30, 11), spacing=(1, 1, 1)),
 }  # fmt: skip
 
@@ -77,6 +78,17 @@ def test_the_prediction_is_nnunets(tmp_path, name, probabilities):
         assert np.abs(predicted.probabilities - expected_probabilities).mean() < 1e-5
     else:
         assert predicted.probabilities is None
+
+
+@pytest.mark.parametrize("options", [{"tile_step_size": 0.8}, {"use_mirroring": False}])
+def test_step_size_and_mirroring_are_nnunets(tmp_path, options):
+    folder = models.write_model(tmp_path / "model")
+    array = models.image((20, 40, 25))
+    expected, by_default = (
+        stock(folder, **own).predict_single_npy_array(array, {"spacing": [1, 1, 1]}) for own in (options, {})
+    )
+    got = Predictor.from_folder(folder, device="cpu", **options).predict(array, (1, 1, 1)).segmentation
+    assert agreement(got, expected) >= SMALLEST_AGREEMENT > agreement(by_default, expected)
 
 
 @pytest.mark.parametrize(

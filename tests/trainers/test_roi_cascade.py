@@ -15,7 +15,7 @@ import torch
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from cascade_training import BOXES, CASES, SHAPE, make_trainer, write_cases
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from training import LABELS, steps
 
@@ -25,7 +25,7 @@ from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
 from nnunet_dyn.architectures.triplane import TriPlaneDetector
 from nnunet_dyn.errors import JobError
 from nnunet_dyn.trainers import roi_cascade
-from nnunet_dyn.trainers.roi_cascade import GateDatasetBlosc2, boxes_of_case, draw_gate
+from nnunet_dyn.trainers.roi_cascade import GateDatasetBlosc2, GateDatasetNumpy, boxes_of_case, draw_gate
 
 
 @pytest.fixture
@@ -430,6 +430,31 @@ class TestGatesOfLabels:
         labels = np.ones((1, 8, 8, 8), np.int16)
         gate, free = draw_gate(labels, {1: [((0, 8),) * 3]}, np.random.default_rng(1))
         assert free == [] and gate.all()
+
+
+def test_data_that_nnunet_has_stored_by_numpy(make, tmp_path):
+    """As it does where its plans or variables ask for it, and did before it had Blosc2."""
+    for folder in (tmp_path / "preprocessed" / "Dataset999_Test").glob("*/"):
+        dataset = nnUNetDatasetBlosc2(str(folder))
+        for case in CASES:
+            data, segmentation, _, properties = dataset.load_case(case)
+            nnUNetDatasetNumpy.save_case(data[:], segmentation[:], properties, str(folder / case))
+            (folder / f"{case}.b2nd").unlink()
+            (folder / f"{case}_seg.b2nd").unlink()
+    detector, segmentor = make("3d_detect"), make("3d_roi")
+    assert np.isfinite(steps(detector)).all()
+    detector.on_train_end()
+    assert json.loads(Path(detector.output_folder, "calibration.json").read_text())["cases"] == 1
+    assert np.isfinite(steps(segmentor)).all()
+    dataset = segmentor.dataloader_train.data_loader._data
+    assert isinstance(dataset, GateDatasetNumpy) and (dataset.load_case("case_0")[2] > 0).any()
+    boxes, folder = np.zeros(SHAPE, np.uint8), Path(segmentor.folder_with_segs_from_previous_stage)
+    boxes[10:14, 10:14, :4] = 1
+    folder.mkdir(parents=True, exist_ok=True)
+    nnUNetDatasetNumpy.save_seg(boxes, str(folder / "case_0"))
+    os.utime(folder / "case_0.npz", (0, 0))
+    segmentor._is_switched.value = 1
+    assert np.array_equal(dataset.load_case("case_0")[2], boxes)
 
 
 def test_data_sets_travel_to_workers():
