@@ -14,3 +14,7 @@ class JobError(RuntimeError):
 
 class NotFiniteError(JobError):
     """A network gave logits that are NaN or infinite."""
+
+
+class TooThinError(JobError):
+    """An image has no voxel at the spacing of a network."""

@@ -14,6 +14,9 @@ def interruptible() -> Iterator[None]:
     """
 
     def stop(number: int, frame: object) -> None:
+        for other in before:
+            if other != signal.SIGINT:  # sent twice, as by GNU timeout, it must not end the clean-up
+                signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

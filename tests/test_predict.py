@@ -195,15 +195,22 @@ def test_an_error_while_writing_leaves_no_half_written_file(model, images, tmp_p
 
 # In a process of its own: the signal is for the whole process, and this one runs the other tests.
 TERMINATED = """
-import os, signal, sys
+import os, signal, sys, tempfile
 from nnunet_dyn import cli
 from nnunet_dyn.inference import predictor
+
+clean_up = tempfile.TemporaryDirectory.cleanup
+
+def clean_up_interrupted(folder):
+    os.kill(os.getpid(), signal.SIGTERM)  # some programs send it twice
+    clean_up(folder)
 
 def request_to_terminate(*arguments):
     assert [name for name in os.listdir(sys.argv[1]) if name.startswith(".partial-")]
     os.kill(os.getpid(), signal.SIGTERM)
 
 predictor.segment = request_to_terminate
+tempfile.TemporaryDirectory.cleanup = clean_up_interrupted
 sys.exit(cli.main(["predict", "-o", sys.argv[1], "-f", "0", "-device", "cpu", *sys.argv[2:]]))
 """
 
@@ -224,6 +231,21 @@ def test_a_request_to_terminate_leaves_nothing_half_written(model, images, tmp_p
     else:
         assert ended.returncode == 130 and "interrupted" in ended.stderr, ended.stderr
     assert not [name for name in names(out) if "partial" in name or name.endswith(".nii.gz")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of mapped files here")
+def test_probabilities_are_not_mapped_any_more_when_their_file_goes(model, images, tmp_path, monkeypatch):
+    """Windows refuses to remove it, and a network drive keeps it."""
+    unlink, seen = Path.unlink, []
+
+    def spy(path, **options):
+        if path.name.endswith(".npz.npy"):
+            seen.append(path.name in Path("/proc/self/maps").read_text())
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", spy)
+    assert predict(model, images, tmp_path / "out", "--save_probabilities") == 0
+    assert seen == [False] * 3
 
 
 def test_checkpoint_and_fold_by_name(model, copy, images, tmp_path):

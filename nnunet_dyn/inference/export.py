@@ -291,7 +291,8 @@ def complete_files(folder: Path, last: str | None = None) -> Iterator[Path]:
     # Its clean-up may leave files that are still mapped on a network drive; that is no reason to fail.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-", ignore_cleanup_errors=True) as temporary:
         yield Path(temporary)
-        for path in sorted(Path(temporary).iterdir(), key=lambda path: (path.name == last, path.name)):
+        files = [path for path in Path(temporary).iterdir() if not path.name.startswith(".nfs")]  # removed, still open
+        for path in sorted(files, key=lambda path: (path.name == last, path.name)):
             os.replace(path, folder / path.name)
 
 

@@ -32,6 +32,7 @@ from nnunet_dyn.inference.model_folder import (
     CHECKPOINT,
     Model,
     available_folds,
+    calibrated_checkpoint,
     first_stage_folder,
     load_model,
     same_or_all,
@@ -155,10 +156,12 @@ class _FirstStage:
 
     Attributes:
         folds: see :func:`nnunet_dyn.inference.model_folder.same_or_all`.
+        checkpoint: see :func:`nnunet_dyn.inference.model_folder.calibrated_checkpoint`.
     """
 
     model: Model
     folds: list[int | str]
+    checkpoint: str
     cases: Cases | None
 
     @classmethod
@@ -169,6 +172,7 @@ class _FirstStage:
             UsageError: it is not there.
         """
         beside = first_stage_folder(folder, model.configuration.previous_stage_name)
+        checkpoint = calibrated_checkpoint(beside, checkpoint)
         chosen = same_or_all(folds, beside, checkpoint)
         if not chosen:
             raise UsageError(
@@ -176,7 +180,7 @@ class _FirstStage:
                 "Train it, or copy its model folder."
             )
         first = load_model(beside, chosen, checkpoint)
-        return cls(first, chosen, _cases(first, beside, chosen, options))
+        return cls(first, chosen, checkpoint, _cases(first, beside, chosen, options))
 
     def which(self, fold: int | str) -> list[int | str]:
         """Folds of the detector for the segmentor of ``fold``: the one that has not seen its validation cases."""
@@ -528,7 +532,9 @@ def _write(
         # Never refused: what counts is Dice behind both stages.
         inner, lenient = folder / FIRST_STAGE, replace(options, precision="fp32", force=True)
         inner.mkdir()
-        _write(first.model, first.cases, first.folds, checkpoint, lenient, inner, lambda s: report(f"detector: {s}"))
+        _write(
+            first.model, first.cases, first.folds, first.checkpoint, lenient, inner, lambda s: report(f"detector: {s}")
+        )
         first_stage = sha256(inner / MANIFEST)
     for fold, parameters in zip(folds, model.parameters, strict=True):
         original = TorchEngine(model.network, [parameters], torch.device("cpu"), "fp32", options.threads)

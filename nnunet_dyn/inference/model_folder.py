@@ -64,6 +64,12 @@ def same_or_all(folds: Sequence[int | str], folder: Path, checkpoint: str = CHEC
     return list(folds) if has_all else available_folds(folder, checkpoint)
 
 
+def calibrated_checkpoint(folder: Path, checkpoint: str) -> str:
+    """Of the ROI cascade's detector in ``folder``, which is calibrated at the end of its training, the last checkpoint;
+    ``checkpoint`` where it has none."""
+    return CHECKPOINT if available_folds(folder) else checkpoint
+
+
 def first_stage_folder(folder: Path, configuration: str) -> Path:
     """Where nnU-Net has the model of a cascade's first stage, ``configuration``: beside ``folder``, the second one's.
 

@@ -22,7 +22,6 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from batchgenerators.utilities.file_and_folder_operations import save_json, save_pickle
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
-from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from tqdm import tqdm
@@ -36,7 +35,7 @@ from nnunet_dyn.decisions import (
     GatedNetwork,
     TileDecision,
 )
-from nnunet_dyn.errors import JobError, NotFiniteError, UsageError
+from nnunet_dyn.errors import JobError, NotFiniteError, TooThinError, UsageError
 from nnunet_dyn.inference.conversion import converted_engine
 from nnunet_dyn.inference.engines import Engine, TorchEngine, check_engine, on_threads
 from nnunet_dyn.inference.export import complete_files, probabilities_file, segment
@@ -44,6 +43,7 @@ from nnunet_dyn.inference.exported import is_exported, load_exported
 from nnunet_dyn.inference.model_folder import (
     CHECKPOINT,
     available_folds,
+    calibrated_checkpoint,
     first_stage_folder,
     load_model,
     same_or_all,
@@ -65,6 +65,8 @@ DECIDED_VOXELS = 2**20
 DECISIONS = "decisions"
 #: Of a cascade that segments nothing else than what the first stage has found.
 NOTHING_FOUND = "The first stage found nothing in the image, so nothing was segmented."
+#: The same, where the first stage works at so coarse a spacing that it has no voxel of an image.
+TOO_THIN = "The image is too thin for the first stage, so that all of it was segmented."
 #: The same, where a box of a voxel or so was lost when it was resampled, or lay where the image is zero.
 NOTHING_LEFT = "Nothing was left of what the first stage found once it was preprocessed, so nothing was segmented."
 
@@ -202,6 +204,8 @@ class Predictor(nnUNetPredictor):
             predictor.folder, predictor.folds = Path(folder), tuple(folds or available_folds(Path(folder), checkpoint))
             before = predictor.configuration_manager.previous_stage_name
             beside = None if before is None else first_stage_folder(predictor.folder, before)
+            if beside is not None and predictor.gated is not None:
+                checkpoint = calibrated_checkpoint(beside, checkpoint)
             folds_before = [] if beside is None else same_or_all(predictor.folds, beside, checkpoint)
         else:
             predictor.folder, predictor.folds = Path(folder), tuple(folds or exported.manifest.folds)
@@ -216,6 +220,7 @@ class Predictor(nnUNetPredictor):
                 engine=exported.engine(folds, threads),
             )
             beside, folds_before = exported.first_stage, exported.first_stage_folds(predictor.folds)
+            checkpoint = CHECKPOINT  # its own
         if first_stage and folds_before:
             predictor.first_stage = cls.from_folder(
                 beside,
@@ -611,15 +616,14 @@ class Predictor(nnUNetPredictor):
         Adds to ``seconds``, takes the array out of ``image`` to free it, and draws the decisions into ``picture``. What
         does not go into memory is kept in ``scratch``.
         """
-        before = None
+        before, warning, channels = None, (), len(image[0])
         if previous_stage is None and self.first_stage is not None:
-            previous_stage, before = self._segment_first(image[0], properties, seconds)
-        channels, warning = len(image[0]), ()
+            previous_stage, before, warning = self._segment_first(image[0], properties, seconds, scratch)
         has_found = previous_stage is not None and bool((previous_stage > 0).any())
         with _timed(seconds, "preprocess"):
             data, properties = self.preprocess(image, properties, previous_stage)
         if previous_stage is not None and not (data[channels:] > 0.5).any():
-            warning = (NOTHING_LEFT if has_found else NOTHING_FOUND,)
+            warning = (*warning, NOTHING_LEFT if has_found else NOTHING_FOUND)
         with _timed(seconds, "network"):
             logits = self.predict_logits_from_preprocessed_data(data)
         decisions = self._case_decisions(tuple(data.shape[1:]), properties)
@@ -641,11 +645,20 @@ class Predictor(nnUNetPredictor):
         return segmentation, probabilities, decisions
 
     def _segment_first(
-        self, image: np.ndarray, properties: dict, seconds: dict[str, float]
-    ) -> tuple[np.ndarray, CaseDecisions | None]:
-        """(1, z, y, x) labels by the first stage, which has its own preprocessing and properties, and its decisions."""
-        labels, _, decisions = self.first_stage._predict_case([image], dict(properties), None, seconds, None)
-        return labels[None], decisions
+        self, image: np.ndarray, properties: dict, seconds: dict[str, float], scratch: Path | None = None
+    ) -> tuple[np.ndarray, CaseDecisions | None, tuple[str, ...]]:
+        """(1, z, y, x) labels by the first stage, which has its own preprocessing and properties, its decisions, and
+        warnings."""
+        try:
+            labels, _, decisions = self.first_stage._predict_case(
+                [image], dict(properties), None, seconds, None, scratch=scratch
+            )
+        except TooThinError:
+            if self.gated is None:
+                raise
+            # Its boxes only say where to look; the finer grid of this stage may have voxels of the image.
+            return np.full((1, *image.shape[1:]), self.label_manager.foreground_labels[0]), None, (TOO_THIN,)
+        return labels[None], decisions, ()
 
     def preprocess(
         self, image: list[np.ndarray], properties: dict, previous_stage: np.ndarray | None = None
@@ -661,7 +674,7 @@ class Predictor(nnUNetPredictor):
             JobError: an image that this model cannot take.
         """
         if previous_stage is None and self.first_stage is not None:
-            previous_stage, _ = self._segment_first(image[0], properties, {})
+            previous_stage, *_ = self._segment_first(image[0], properties, {})
         self._check_image(image[0], previous_stage)
         if previous_stage is not None:  # as nnU-Net's readers have it; the preprocessor writes -1 into it
             previous_stage = previous_stage.astype(np.float32)
@@ -671,9 +684,18 @@ class Predictor(nnUNetPredictor):
         data, labels, properties = preprocessor.run_case_npy(
             image.pop(), previous_stage, properties, self.plans_manager, configuration, self.dataset_json
         )
-        if previous_stage is not None:
-            one_hot = convert_labelmap_to_one_hot(labels[0], self.label_manager.foreground_labels, data.dtype)
-            data = np.vstack((data, one_hot))
+        if 0 in data.shape:  # nnU-Net pads it to a patch, and cuts everything off again
+            raise TooThinError(
+                f"Got an image that has {' × '.join(map(str, data.shape[1:]))} voxels at the network's spacing of "
+                f"{' × '.join(f'{mm:g}' for mm in configuration.spacing)} mm; expected one at least on every axis. "
+                "Check the image's spacing, or take a model for images as thin as this one."
+            )
+        if previous_stage is not None:  # as nnU-Net's one-hot encoding, without a second copy of all classes
+            image_only, classes = data, self.label_manager.foreground_labels
+            data = np.empty((len(image_only) + len(classes), *image_only.shape[1:]), np.float32)
+            data[: len(image_only)] = image_only
+            for channel, label in zip(data[len(image_only) :], classes, strict=True):
+                channel[...] = labels[0] == label
         return torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)), properties
 
     def tiles(self, data: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -887,10 +909,11 @@ class Predictor(nnUNetPredictor):
             allocate = None
             if save_probabilities:
                 allocate = packing.enter_context(probabilities_file(folder / f"{outcome.case}.npz"))
-            segmentation, _, decisions = self._predict_case(
+            segmentation, probabilities, decisions = self._predict_case(
                 image, properties, before, outcome.seconds, allocate, names.get(".png"), folder
             )
             with _timed(outcome.seconds, "export"):
+                del probabilities  # mapped from the file that is packed, and then removed
                 if ".json" in names:
                     names[".json"].write_text(json.dumps(decisions.to_json(outcome.case)) + "\n")
                 packing.close()

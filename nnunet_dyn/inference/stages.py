@@ -205,8 +205,8 @@ class _Compiled(nn.Module):
         """What runs the model for ``size`` in ``precision``."""
         key = size, precision
         if key not in self._requests:
-            model = self._models.pop(key)
-            self._requests[key] = compiled(model, precision, self.threads).create_infer_request()
+            self._requests[key] = compiled(self._models[key], precision, self.threads).create_infer_request()
+            del self._models[key]
         return self._requests[key]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from nnunet_dyn import cli
 from nnunet_dyn.errors import UsageError
 from nnunet_dyn.inference import Predictor
 from nnunet_dyn.inference.model_folder import first_stage_folder
-from nnunet_dyn.inference.predictor import NOTHING_FOUND, NOTHING_LEFT
+from nnunet_dyn.inference.predictor import NOTHING_FOUND, NOTHING_LEFT, TOO_THIN
 
 SPACING = (1.2, 1.0, 0.9)
 NAMES = ["nnUNetTrainer__nnUNetPlans__3d_lowres", "nnUNetTrainer__nnUNetPlans__3d_cascade_fullres"]
@@ -220,6 +220,33 @@ def test_where_nothing_is_detected_there_is_a_warning(roi_results, wide, tmp_pat
     ] == [NOTHING_FOUND]
     assert all(tile["boxes"] == [] for tile in saved["first_stage"]["folds"][0]["decisions"])
     assert not labels(tmp_path / "out")["case_0.nii.gz"].any()
+
+
+def test_an_image_too_thin_for_the_detector_is_segmented_whole(roi_results, tmp_path, capsys):
+    """Half of one of the detector's slices, and one of the segmentor's."""
+    images = models.write_cases(tmp_path / "images", {"case_0": bright_cubes()[:, 8:9]})
+    assert predict(roi_results / ROI_NAMES[1], images, tmp_path / "out", "-f", 0, "--save-decisions") == 0
+    saved = json.loads((tmp_path / "out/decisions/case_0.json").read_text())
+    assert saved["warnings"] == [TOO_THIN] and saved["review"]
+    inside = np.zeros((32, 44), bool)
+    for tile in saved["folds"][0]["decisions"]:
+        for _, *box in tile["image_boxes"]:
+            inside[tuple(slice(*axis) for axis in box)] = True
+    assert inside.all() and labels(tmp_path / "out")["case_0.nii.gz"].any()
+
+
+def test_the_detector_is_the_calibrated_one_whatever_the_segmentors_checkpoint(roi_results, wide, tmp_path):
+    """nnU-Net's checkpoint_best is written before calibration."""
+    for name in ROI_NAMES:
+        shutil.copytree(roi_results / name, tmp_path / name)
+    detector, segmentor = (tmp_path / name / "fold_0" for name in ROI_NAMES)
+    (segmentor / "checkpoint_final.pth").rename(segmentor / "checkpoint_best.pth")
+    (detector / "checkpoint_best.pth").write_bytes(b"not calibrated")
+    flags = ("-f", 0, "-chk", "checkpoint_best.pth")
+    assert predict(tmp_path / ROI_NAMES[1], wide, tmp_path / "best", *flags) == 0
+    assert predict(roi_results / ROI_NAMES[1], wide, tmp_path / "final", "-f", 0) == 0
+    (best,), (final,) = (labels(tmp_path / name).values() for name in ("best", "final"))
+    assert np.array_equal(best, final) and final.any()
 
 
 @pytest.mark.parametrize("reason", ["resampling", "nonzero"])

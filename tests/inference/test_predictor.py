@@ -249,6 +249,13 @@ def test_images_that_cannot_be_predicted(tmp_path, array, spacing, expected):
         predictor.predict(array, spacing)
 
 
+def test_an_image_without_a_voxel_at_the_networks_spacing(tmp_path):
+    predictor = Predictor.from_folder(models.write_model(tmp_path / "model", spacing=(3, 1, 1)), device="cpu")
+    with pytest.raises(JobError, match=r"0 × \d+ × \d+ voxels at the network's spacing of 3 × 1 × 1 mm"):
+        predictor.predict(models.image((1, 20, 20)), (1, 1, 1))
+    assert predictor.predict(models.image((2, 20, 20)), (1, 1, 1)).segmentation.any()
+
+
 def test_logits_that_are_not_finite_are_an_error(tmp_path):
     """At once: nnU-Net predicts again on the CPU after a RuntimeError of its sliding window, which would not help."""
     folder = models.write_model(tmp_path / "model")

@@ -9,6 +9,7 @@ import torch
 
 from nnunet_dyn.architectures.med_danet import Decision, MedDANetV2, ModifiedUNet
 from nnunet_dyn.errors import JobError
+from nnunet_dyn.inference import stages
 from nnunet_dyn.inference.conversion import scratch
 from nnunet_dyn.inference.stages import StagesEngine, _Compiled, _fuse, _seen, _stages, convert_stages, precision_of
 from nnunet_dyn.quantization import FULL_PRECISION, current_width, quantized
@@ -126,6 +127,10 @@ def test_files_that_are_not_those_of_the_network(exported, tmp_path, spoil, expe
         StagesEngine(build(7), [tmp_path / "fold_0.json"], PATCH, threads=1)
 
 
+def fail(*arguments):
+    raise JobError("no memory")
+
+
 @torch.inference_mode()
 def test_models_are_read_at_once_and_compiled_when_first_used(exported, slices, tmp_path):
     (folder,) = {path.parent for part in exported._networks for path in part.policy.files.values()}
@@ -135,6 +140,11 @@ def test_models_are_read_at_once_and_compiled_when_first_used(exported, slices, 
     ready = [len(part._requests) for part in engine.network.modules() if isinstance(part, _Compiled)]
     assert sum(ready) == 3, "one of each precision, which shows that they run"
     assert engine.computes_in == exported.computes_in
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "compiled", fail)
+        for _ in range(2):  # the second case gets the same error as the first one
+            with pytest.raises(JobError, match="no memory"):
+                engine.network.execute(slices[:1], [Decision("whole", None, (8,) * 3)])
     decision = [Decision("whole", None, (8,) * 3)]
     expected = exported.network.execute(slices[:1], decision)[0]
     shutil.rmtree(tmp_path / "moved")
