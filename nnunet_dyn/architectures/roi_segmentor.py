@@ -32,7 +32,6 @@ from torch.nn.modules.conv import _ConvNd
 
 from nnunet_dyn.accounting import count_operations, training_memory
 from nnunet_dyn.architectures.blocks import fast_norm_op, to_fast_layout
-from nnunet_dyn.architectures.efficient_unet import RESIDUAL_SCALE
 from nnunet_dyn.architectures.efficientnet import per_stage
 from nnunet_dyn.architectures.fast_convs import fast_conv_op
 from nnunet_dyn.architectures.roi import (
@@ -753,10 +752,8 @@ class StageSkippingUNet(nn.Module):
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """He initialisation as in nnU-Net, and branches of a fifth of that, so that sums of many stay small."""
+        """He initialisation as in nnU-Net."""
         InitWeights_He(1e-2)(module)
-        if getattr(module, "ends_branch", False):
-            module.weight.data.mul_(RESIDUAL_SCALE)
 
 
 class _Layers:
@@ -775,6 +772,11 @@ class _Layers:
     def conv(self, inputs: int, outputs: int, kernel: Size) -> nn.Sequential:
         conv = self.conv_op(inputs, outputs, kernel, 1, [k // 2 for k in kernel], bias=False)
         return nn.Sequential(conv, self.norm(outputs), self.nonlin())
+
+    def channels(self, inputs: int, outputs: int) -> nn.Sequential:
+        """Another number of channels. Without the activation the way through the stages would be all but linear, and
+        SGD at nnU-Net's learning rate would not leave the classes' mean for thousands of iterations."""
+        return nn.Sequential(self.pointwise(inputs, outputs), self.norm(outputs), self.nonlin())
 
     def refine(self, channels: int, count: int, kernel: Size, reduction: Size, expansion: int) -> nn.Sequential:
         return nn.Sequential(*(RefineBlock(self, channels, kernel, reduction, expansion) for _ in range(count)))
@@ -815,9 +817,6 @@ class RefineBlock(nn.Module):
                 linear(),
             ]
         )
-        for branch in self.branches:
-            last = [module for module in branch.modules() if isinstance(module, _ConvNd)][-1]
-            last.ends_branch = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for branch in self.branches:
@@ -865,10 +864,10 @@ class _Encoder(nn.Module):
         self.gates, self.stages = nn.ModuleList(), nn.ModuleList()
         for k, count in enumerate(hierarchy.blocks):
             if k < hierarchy.entries:
-                self.gates.append(nn.Sequential(make.pointwise(widths[0], widths[k]), make.norm(widths[k])))
-            down = make.depthwise(widths[k], kernels[k + 1], strides[k + 1]), make.pointwise(widths[k], widths[k + 1])
+                self.gates.append(make.channels(widths[0], widths[k]))
+            down = make.depthwise(widths[k], kernels[k + 1], strides[k + 1]), *make.channels(widths[k], widths[k + 1])
             refine = make.refine(widths[k + 1], count, kernels[k + 1], _reduction(strides, k + 1), hierarchy.expansion)
-            self.stages.append(nn.Sequential(*down, make.norm(widths[k + 1]), *refine))
+            self.stages.append(nn.Sequential(*down, *refine))
 
     def forward(self, x: torch.Tensor, first: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """What the stem makes of ``x``, and the features of the stages from ``first`` on."""
@@ -893,17 +892,17 @@ class _Decoder(nn.Module):
                 make.transpconv_op(widths[k + 1], widths[k], strides[k + 1], strides[k + 1], bias=False)
             )
             if k < hierarchy.entries:
-                self.gates.append(nn.Sequential(make.pointwise(widths[k], widths[0]), make.norm(widths[0])))
+                self.gates.append(make.channels(widths[k], widths[0]))
             if k + 1 < len(hierarchy.blocks):
                 width = widths[k + 1]
                 refine = make.refine(width, count, kernels[k + 1], _reduction(strides, k + 1), hierarchy.expansion)
-                self.stages.append(nn.Sequential(make.pointwise(2 * width, width), make.norm(width), *refine))
+                self.stages.append(nn.Sequential(*make.channels(2 * width, width), *refine))
         heads = [make.conv_op(width, num_classes, 1) for width in widths[-2:0:-1]] if has_levels else []
         if prod(strides[0]) == 1:
             self.final = make.conv(2 * widths[0], widths[0], kernels[0])
             heads.append(make.conv_op(widths[0], num_classes, 1))
         else:
-            self.final = nn.Sequential(make.pointwise(2 * widths[0], widths[0]), make.norm(widths[0]), make.nonlin())
+            self.final = make.channels(2 * widths[0], widths[0])
             heads.append(make.transpconv_op(widths[0], num_classes, strides[0], strides[0]))
         self.seg_layers = nn.ModuleList(heads)
 
