@@ -11,7 +11,7 @@ arguments. Everything goes through the commands of nnU-Net and of this package.
 Examples:
 
     python benchmarks/roi_cascade.py accuracy work --dataset nnUNet_raw/Dataset521_OpenKBPHaN \\
-        --features 16 --max-features 128 --batch 2 --output benchmarks/results/roi_cascade_accuracy.json
+        --features 8 --max-features 64 --batch 2 --output roi_cascade_accuracy.json
     python benchmarks/roi_cascade.py cost other --features 8 --max-features 64 --detector-voxels 262144 \\
         --output benchmarks/results/roi_cascade_cost.json --picture docs/images/roi_cascade_cost.png
 """
