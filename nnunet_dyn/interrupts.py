@@ -2,8 +2,12 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+#: Requests to terminate within so many seconds are one, as GNU timeout sends it: it must not end its own clean-up.
+_SAME = 10.0
 
 
 @contextmanager
@@ -13,10 +17,13 @@ def interruptible() -> Iterator[None]:
     What this process was started to ignore, as under ``nohup``, it goes on to ignore.
     """
 
+    stopped = float("-inf")
+
     def stop(number: int, frame: object) -> None:
-        for other in before:
-            if other != signal.SIGINT:  # sent twice, as by GNU timeout, it must not end the clean-up
-                signal.signal(other, signal.SIG_IGN)
+        nonlocal stopped
+        if number != signal.SIGINT and time.monotonic() - stopped < _SAME:
+            return
+        stopped = time.monotonic()
         raise KeyboardInterrupt
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

@@ -115,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
         )
         if (before := predictor.first_stage) is not None:
             folds = " ".join(map(str, before.folds))
-            print(f"first stage: {before.folder}, -f {folds}", file=sys.stderr, flush=True)
+            other = "" if before.checkpoint == predictor.checkpoint else f" -chk {before.checkpoint}"
+            print(f"first stage: {before.folder}, -f {folds}{other}", file=sys.stderr, flush=True)
         ready = time.perf_counter()
         outcomes = predictor.predict_files(
             args.i,

@@ -646,7 +646,8 @@ class StageSkippingUNet(nn.Module):
         logits = head(G₀ ⊕ gate'_r(up(F'_r)))
 
     Stages 1 … r-1 and the gates of other stages run no operation and get no gradient. An E_k is a depthwise and a
-    pointwise convolution, then refinement blocks; a D_j merges by a pointwise convolution, then refinement blocks.
+    pointwise convolution, then refinement blocks; a D_j merges by a pointwise convolution, then refinement blocks; a
+    gate is a pointwise convolution. Each of the pointwise ones is followed by normalisation and activation.
 
     In ``own`` mode the stages are the plan's, the first of which, at full resolution, is stem and head: N is
     ``n_stages - 1``. In ``paper`` mode they are :func:`paper_hierarchy`'s.
@@ -774,8 +775,11 @@ class _Layers:
         return nn.Sequential(conv, self.norm(outputs), self.nonlin())
 
     def channels(self, inputs: int, outputs: int) -> nn.Sequential:
-        """Another number of channels. Without the activation the way through the stages would be all but linear, and
-        SGD at nnU-Net's learning rate would not leave the classes' mean for thousands of iterations."""
+        """Pointwise convolution, normalisation and activation.
+
+        Without the last the way through the stages would be all but linear, and with nnU-Net's optimiser the network
+        would predict the same probabilities everywhere for thousands of iterations.
+        """
         return nn.Sequential(self.pointwise(inputs, outputs), self.norm(outputs), self.nonlin())
 
     def refine(self, channels: int, count: int, kernel: Size, reduction: Size, expansion: int) -> nn.Sequential:

@@ -282,7 +282,7 @@ def _of_openvino(file: Path, engine: CascadeEngine) -> Make:
     model = read(file)
 
     def make(shape: Size | None) -> Run:
-        ready = compiled(model, engine.precision, engine.threads, shape)
+        ready = compiled(model, engine.precision, engine.threads, shape, file)
         engine.computes_in = computes_in(ready)
         request = ready.create_infer_request()
         return lambda row: run(request, row)

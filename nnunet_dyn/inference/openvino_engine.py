@@ -82,12 +82,17 @@ def read(file: Path) -> openvino.Model:
 
 
 def compiled(
-    model: Path | openvino.Model, precision: str, threads: int, shape: Sequence[int] | None = None
+    model: Path | openvino.Model,
+    precision: str,
+    threads: int,
+    shape: Sequence[int] | None = None,
+    file: Path | None = None,
 ) -> openvino.CompiledModel:
     """``model`` for the CPU.
 
     Args:
         shape: of the input, for a model that takes any.
+        file: where a model in memory was read from, for the message.
 
     Raises:
         JobError: a file that cannot be read, or a model that OpenVINO cannot run.
@@ -102,7 +107,7 @@ def compiled(
             ready.reshape(list(shape))
         return openvino.Core().compile_model(ready, "CPU", config)
     except RuntimeError as error:
-        raise _cannot_run(model, error) from error
+        raise _cannot_run(file or model, error) from error
 
 
 def _cannot_run(model: Path | openvino.Model, error: RuntimeError) -> JobError:

@@ -22,6 +22,7 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from batchgenerators.utilities.file_and_folder_operations import save_json, save_pickle
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from tqdm import tqdm
@@ -119,13 +120,14 @@ class Predictor(nnUNetPredictor):
         engine: runs the network.
         decided: by ``predict_logits_from_preprocessed_data``, of each fold the tiles in order; empty where the network
             does not decide.
-        folder, folds: what ``from_folder`` has loaded.
+        folder, folds, checkpoint: what ``from_folder`` has loaded; an exported folder's manifest has its checkpoint.
         first_stage: of a cascade, what segments each case first where no segmentation of that stage is given.
     """
 
     engine: Engine
     folder: Path | None = None
     folds: tuple[int | str, ...] = ()
+    checkpoint: str = CHECKPOINT
     first_stage: Predictor | None = None
     decided: tuple[tuple[TileDecision, ...], ...] = ()
     _keeps_tiles: bool = False
@@ -197,6 +199,7 @@ class Predictor(nnUNetPredictor):
                 verbose_preprocessing=verbose,
                 allow_tqdm=progress,
             )
+        predictor.checkpoint = checkpoint
         if exported is None:
             predictor.initialize_from_trained_model_folder(
                 folder, folds, checkpoint, engine=engine, precision=precision, threads=threads
@@ -220,7 +223,7 @@ class Predictor(nnUNetPredictor):
                 engine=exported.engine(folds, threads),
             )
             beside, folds_before = exported.first_stage, exported.first_stage_folds(predictor.folds)
-            checkpoint = CHECKPOINT  # its own
+            checkpoint = CHECKPOINT  # what the first stage was exported from, its manifest says
         if first_stage and folds_before:
             predictor.first_stage = cls.from_folder(
                 beside,
@@ -657,7 +660,8 @@ class Predictor(nnUNetPredictor):
             if self.gated is None:
                 raise
             # Its boxes only say where to look; the finer grid of this stage may have voxels of the image.
-            return np.full((1, *image.shape[1:]), self.label_manager.foreground_labels[0]), None, (TOO_THIN,)
+            whole = np.full((1, *image.shape[1:]), self.label_manager.foreground_labels[0], np.int16)
+            return whole, None, (TOO_THIN,)
         return labels[None], decisions, ()
 
     def preprocess(
@@ -681,15 +685,14 @@ class Predictor(nnUNetPredictor):
         # Without a previous stage nobody looks at the segmentation that the preprocessor would resample.
         configuration = self._image_only if previous_stage is None else self.configuration_manager
         preprocessor = configuration.preprocessor_class(verbose=self.verbose_preprocessing)
-        data, labels, properties = preprocessor.run_case_npy(
-            image.pop(), previous_stage, properties, self.plans_manager, configuration, self.dataset_json
-        )
-        if 0 in data.shape:  # nnU-Net pads it to a patch, and cuts everything off again
-            raise TooThinError(
-                f"Got an image that has {' × '.join(map(str, data.shape[1:]))} voxels at the network's spacing of "
-                f"{' × '.join(f'{mm:g}' for mm in configuration.spacing)} mm; expected one at least on every axis. "
-                "Check the image's spacing, or take a model for images as thin as this one."
+        try:
+            data, labels, properties = preprocessor.run_case_npy(
+                image.pop(), previous_stage, properties, self.plans_manager, configuration, self.dataset_json
             )
+        except (ValueError, RuntimeError):  # what nnU-Net's resampling says of no voxels, if anything
+            self._check_thickness(properties)
+            raise
+        self._check_thickness(properties)
         if previous_stage is not None:  # as nnU-Net's one-hot encoding, without a second copy of all classes
             image_only, classes = data, self.label_manager.foreground_labels
             data = np.empty((len(image_only) + len(classes), *image_only.shape[1:]), np.float32)
@@ -697,6 +700,22 @@ class Predictor(nnUNetPredictor):
             for channel, label in zip(data[len(image_only) :], classes, strict=True):
                 channel[...] = labels[0] == label
         return torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)), properties
+
+    def _check_thickness(self, properties: dict) -> None:
+        """Raises TooThinError if the image has no voxel at the network's spacing, ``properties`` being nnU-Net's."""
+        shape = properties.get("shape_after_cropping_and_before_resampling")
+        if shape is None:  # nnU-Net did not come that far
+            return
+        spacing = [properties["spacing"][axis] for axis in self.plans_manager.transpose_forward]
+        own = list(self.configuration_manager.spacing)
+        own = spacing[: len(spacing) - len(own)] + own  # 2D leaves the first axis as it is
+        left = compute_new_shape(shape, spacing, own)
+        if 0 in left:
+            raise TooThinError(
+                f"Got an image that has {' × '.join(map(str, left))} voxels at the network's spacing of "
+                f"{' × '.join(f'{mm:g}' for mm in own)} mm; expected one at least on every axis. Check the image's "
+                "spacing, or take a model for images as thin as this one."
+            )
 
     def tiles(self, data: torch.Tensor) -> Iterator[torch.Tensor]:
         """(C, *patch) of each tile that is predicted of ``data``, (C, *shape), in order.

@@ -205,7 +205,8 @@ class _Compiled(nn.Module):
         """What runs the model for ``size`` in ``precision``."""
         key = size, precision
         if key not in self._requests:
-            self._requests[key] = compiled(self._models[key], precision, self.threads).create_infer_request()
+            ready = compiled(self._models[key], precision, self.threads, file=self.files[key])
+            self._requests[key] = ready.create_infer_request()
             del self._models[key]
         return self._requests[key]
 

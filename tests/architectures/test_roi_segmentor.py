@@ -13,6 +13,7 @@ from nnunet_dyn.accounting import count_operations
 from nnunet_dyn.architectures.efficient_unet import EfficientUNet
 from nnunet_dyn.architectures.roi import enlarge
 from nnunet_dyn.architectures.roi_segmentor import (
+    RefineBlock,
     ROIDecision,
     ROISegmentor,
     StageSkippingUNet,
@@ -497,6 +498,18 @@ def test_deep_supervision_has_the_plans_resolutions_for_every_input():
     network.decoder.deep_supervision = False
     assert network(torch.randn(1, 1, 16, 16, 16)).shape == (1, 2, 16, 16, 16)
     assert len(network.decoder.seg_layers) == 3 and len(stages().decoder.seg_layers) == 3
+
+
+@pytest.mark.parametrize("mode", ["own", "paper"])
+def test_the_way_through_the_stages_is_not_linear(mode):
+    """Each change of channels ends with the activation, also where refinement follows."""
+    network = stages(mode)
+    encoder, decoder = network.encoder, network.decoder
+    ends = [list(layers)[-1] for layers in (*encoder.gates, *decoder.gates)]
+    for layers in (*encoder.stages, *decoder.stages):
+        ends.append([layer for layer in layers if not isinstance(layer, RefineBlock)][-1])
+    assert len(ends) == 2 * len(encoder.gates) + len(encoder.stages) + len(decoder.stages) > 8
+    assert {type(layer) for layer in ends} == {torch.nn.LeakyReLU}
 
 
 def test_segmenting_a_ball_can_be_learned_at_nnunets_learning_rate():

@@ -79,7 +79,7 @@ def sizes(monkeypatch):
 
     compiled, seen = openvino_engine.compiled, []
 
-    def spy(model, precision, threads, shape=None):
+    def spy(model, precision, threads, shape=None, file=None):
         seen.append(shape)
         return compiled(model, precision, threads, shape)
 
@@ -321,6 +321,24 @@ def test_paper_mode(tmp_path):
     predictors = (Predictor.from_folder(each, (0,), device="cpu", threads=1) for each in (segmentor, folder))
     expected, got = (predictor.predict(bright_cubes(FAR), (1, 1, 1)) for predictor in predictors)
     assert (expected.segmentation == got.segmentation).mean() >= 0.9999 and len(np.unique(got.segmentation)) > 2
+
+
+@pytest.mark.parametrize("has_final", [True, False])
+def test_the_detector_is_the_calibrated_one_whatever_the_segmentors_checkpoint(tmp_path, has_final):
+    segmentor, checkpoints = write_cascade(tmp_path / "results"), ["checkpoint_best.pth"] * 2
+    (segmentor / "fold_0" / "checkpoint_final.pth").rename(segmentor / "fold_0" / "checkpoint_best.pth")
+    if has_final:
+        checkpoints[0] = "checkpoint_final.pth"
+    else:
+        detector = segmentor.with_name(ROI_NAMES[0]) / "fold_0"
+        (detector / "checkpoint_final.pth").rename(detector / "checkpoint_best.pth")
+    folder, flags = tmp_path / "exported", ("-chk", "checkpoint_best.pth")
+    assert export(segmentor, tmp_path, folder, "openvino", "fp32", "--force", *flags) == 0
+    manifests = [json.loads((each / "manifest.json").read_text()) for each in (folder / "first_stage", folder)]
+    assert [manifest["checkpoint"] for manifest in manifests] == checkpoints
+    predictors = (Predictor.from_folder(each, (0,), "checkpoint_best.pth", threads=1) for each in (segmentor, folder))
+    expected, got = (predictor.predict(bright_cubes(FAR), (1, 1, 1)).segmentation for predictor in predictors)
+    assert (expected == got).mean() >= 0.9999 and got.any()
 
 
 def test_a_full_disk_is_one_error(segmentors, tmp_path, monkeypatch, capsys):

@@ -188,6 +188,13 @@ def test_the_peak_is_below_all_class_logits_at_full_size(cubic, monkeypatch):
     assert ours.bytes < stock.bytes / (2 if cubic else 5)
 
 
+def test_what_a_network_drive_keeps_of_a_removed_file_stays_behind(tmp_path):
+    with export.complete_files(tmp_path) as folder:
+        for name in (".nfs0001", "case.nii.gz"):
+            (folder / name).write_text("written")
+    assert [path.name for path in tmp_path.iterdir()] == ["case.nii.gz"]
+
+
 def test_files_appear_complete_or_not_at_all(tmp_path, monkeypatch):
     """Under their names, so that what a reader writes beside the segmentation has its name too; that one last."""
     moved, replace = [], os.replace

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import json
 
 import models
 import numpy as np
@@ -249,11 +250,27 @@ def test_images_that_cannot_be_predicted(tmp_path, array, spacing, expected):
         predictor.predict(array, spacing)
 
 
-def test_an_image_without_a_voxel_at_the_networks_spacing(tmp_path):
-    predictor = Predictor.from_folder(models.write_model(tmp_path / "model", spacing=(3, 1, 1)), device="cpu")
-    with pytest.raises(JobError, match=r"0 × \d+ × \d+ voxels at the network's spacing of 3 × 1 × 1 mm"):
-        predictor.predict(models.image((1, 20, 20)), (1, 1, 1))
-    assert predictor.predict(models.image((2, 20, 20)), (1, 1, 1)).segmentation.any()
+@pytest.mark.parametrize("resampling", ["numpy", "torch"])
+@pytest.mark.parametrize("is_cascade", [False, True], ids=["one stage", "second stage"])
+def test_an_image_without_a_voxel_at_the_networks_spacing(tmp_path, resampling, is_cascade):
+    """Which nnU-Net says in words of its own in three of these four."""
+    folder = models.write_model(tmp_path / "model", spacing=(3, 1, 1), previous_stage=is_cascade)
+    if resampling == "torch":
+        plans = json.loads((folder / "plans.json").read_text())
+        for planned in plans["configurations"].values():
+            for kind in ("data", "seg") if "resampling_fn_data" in planned else ():
+                planned[f"resampling_fn_{kind}"], kwargs = TORCH
+                planned[f"resampling_fn_{kind}_kwargs"] = kwargs | {"is_seg": kind == "seg"}
+        (folder / "plans.json").write_text(json.dumps(plans))
+    predictor = Predictor.from_folder(folder, device="cpu")
+    for slices, is_too_thin in ((1, True), (2, False)):
+        array = models.image((slices, 20, 20))
+        given = {"previous_stage": np.ones(array.shape[1:], np.uint8)} if is_cascade else {}
+        if is_too_thin:
+            with pytest.raises(JobError, match=r"0 × \d+ × \d+ voxels at the network's spacing of 3 × 1 × 1 mm"):
+                predictor.predict(array, (1, 1, 1), **given)
+        else:
+            assert predictor.predict(array, (1, 1, 1), **given).segmentation.any()
 
 
 def test_logits_that_are_not_finite_are_an_error(tmp_path):
