@@ -4,7 +4,7 @@ Seconds per case are (time for n cases - time for 1) / (n - 1), so that start-up
 reported beside them, or null where it comes out below 0, since the first case is smaller than others; the time for one
 case is the median of ``--repeats`` runs. Each command gets ``-i`` and ``-o``. Ratios are to the first one. The rows are
 run in turn, for one case and then for all, or for fewer (``--cases-of``) where a case takes minutes. Any command will
-do, also ``nnUNetv2_predict`` with ``nnUNet_results`` set, and ``nnunet_dyn predict`` of a model folder or of an exported
+do, also ``nnUNetv2_predict`` with ``nnUNet_results`` set, and ``nnunet_dyn predict`` of a model folder or an exported
 one. Example:
 
     python benchmarks/seconds_per_case.py imagesTs \\
