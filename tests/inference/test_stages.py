@@ -127,7 +127,7 @@ def test_files_that_are_not_those_of_the_network(exported, tmp_path, spoil, expe
         StagesEngine(build(7), [tmp_path / "fold_0.json"], PATCH, threads=1)
 
 
-def fail(*arguments):
+def fail(*arguments, **options):
     raise JobError("no memory")
 
 
