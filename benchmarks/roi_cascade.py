@@ -337,7 +337,7 @@ def cost(args: argparse.Namespace) -> dict:
         if kept.exists():
             keys = ("command", "cpu_seconds_per_case", "cases", "peak_bytes")
             found = json.loads(kept.read_text())["rows"]
-            result[measured] = {row: {key: one[key] for key in keys} for row, one in found.items()}
+            result[measured] = {row: {key: one.get(key) for key in keys} for row, one in found.items()}
     networks = Networks(stock, detector, segmentor)
     for part in ("volume", "target"):
         kept = args.folder / f"{part}.json"
@@ -517,7 +517,7 @@ def main() -> None:
     part.add_argument("--picture", type=Path, help="PNG with plots")
     part.add_argument("--size", type=int, default=256, help="voxels of a side of the volumes (default: %(default)s)")
     part.add_argument("--cases", type=int, default=1, help="beside a small one, which takes the start-up out")
-    part.add_argument("--stock-cases", type=int, default=1, help="for nnU-Net, if fewer (default: %(default)s)")
+    part.add_argument("--stock-cases", type=int, default=1, help="nnU-Net predicts no more (default: %(default)s)")
     part.add_argument("--sizes", type=int, nargs="+", default=[128, 192, 256, 320], help="of growing volumes")
     part.add_argument("--target", type=int, default=48, help="voxels of a side of the target in them")
     part.add_argument("--targets", type=int, nargs="+", default=[16, 32, 64, 128], help="that grow in --size")

@@ -3,9 +3,9 @@
 Seconds per case are (time for n cases - time for 1) / (n - 1), so that start-up does not hide the work. The start-up is
 reported beside them, or null where it comes out below 0, since the first case is smaller than others; the time for one
 case is the median of ``--repeats`` runs. Each command gets ``-i`` and ``-o``. Ratios are to the first one. The rows are
-run in turn, for one case and then for all, or for fewer (``--cases-of``) where a case takes minutes. Any command will
-do, also ``nnUNetv2_predict`` with ``nnUNet_results`` set, and ``nnunet_dyn predict`` of a model folder or an exported
-one. Example:
+run in turn, for one case and then for all, or for fewer (``--cases-of``) where a case takes minutes and all cost alike.
+Any command will do, also ``nnUNetv2_predict`` with ``nnUNet_results`` set, and ``nnunet_dyn predict`` of a model folder
+or of an exported one. Example:
 
     python benchmarks/seconds_per_case.py imagesTs \\
         --row stock "nnUNetv2_predict -d 521 -c 3d_fullres -f 0 -device cpu" \\
@@ -38,16 +38,18 @@ def main() -> None:
     args = parser.parse_args()
     if len({name for name, _ in args.row}) < len(args.row):
         parser.error("two rows have the same name")
+    if args.cases < 2:
+        parser.error(f"--cases got {args.cases}; expected two at least")
     cases_of = dict.fromkeys((name for name, _ in args.row), args.cases)
-    cases_of |= {name: int(count) for name, count in args.cases_of}
+    cases_of |= {name: int(count) if count.isdecimal() else 0 for name, count in args.cases_of}
     if len(cases_of) > len(args.row) or not all(2 <= count <= args.cases for count in cases_of.values()):
         parser.error(f"--cases-of: expected the name of a row and from 2 to {args.cases} cases")
     cases: dict[str, list[Path]] = {}
     for image in sorted(args.images.glob(f"*{args.ending}")):
         cases.setdefault(image.name.removesuffix(args.ending)[: -len("_0000")], []).append(image)
     names = sorted(cases)[: args.cases]
-    if len(names) < args.cases or args.cases < 2:
-        raise SystemExit(f"{args.images} has {len(cases)} cases; expected {args.cases}, two at least.")
+    if len(names) < args.cases:
+        raise SystemExit(f"{args.images} has {len(cases)} cases; expected {args.cases}.")
     measured: dict[str, dict[int, tuple]] = {name: {} for name, _ in args.row}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

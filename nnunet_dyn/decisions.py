@@ -171,8 +171,8 @@ class CaseDecisions:
         window: how many tiles nnU-Net's sliding window has on the image, and how many of the image's voxels are in
             them, counted in each: what a network computes that does not decide.
         warnings: what is wrong with the case as a whole, a sentence each.
-        first_stage: of a cascade whose first stage was predicted, too, what that decided; ``None`` if it does
-            not, or the image was too thin for it.
+        first_stage: of a cascade whose first stage was predicted, too, what that decided; ``None`` if that stage does
+            not decide, or the image was too thin for it.
     """
 
     folds: tuple[tuple[TileDecision, ...], ...]

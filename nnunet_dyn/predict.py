@@ -189,7 +189,11 @@ def _summary(predictor: Predictor, folder: Path, outcomes: list[Outcome], startu
         "threads": predictor.engine.threads,
         "folds": predictor.engine.folds,
         "first_stage": predictor.first_stage
-        and {"model": str(predictor.first_stage.folder), "folds": list(predictor.first_stage.folds)},
+        and {
+            "model": str(predictor.first_stage.folder),
+            "folds": list(predictor.first_stage.folds),
+            "checkpoint": predictor.first_stage.checkpoint,
+        },
         "failed": sum(outcome.error is not None for outcome in outcomes),
         "seconds_startup": round(startup, 3),
         "seconds": round(wall, 3),

@@ -2,13 +2,13 @@
 
 import multiprocessing
 import signal
-import sys
 
 import pytest
 
 from nnunet_dyn.interrupts import interruptible
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+FORKS = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def _python_handlers():
 
 
 def of_this_process(_):
-    return [signal.getsignal(number) for number in SIGNALS], signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    return [signal.getsignal(number) for number in SIGNALS]
 
 
 def test_handlers_are_given_back():
@@ -41,7 +41,7 @@ def test_a_request_to_terminate_comes_once_and_an_interrupt_each_time():
                 signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
+@FORKS
 def test_forked_processes_have_the_handlers_of_before():
     """A pool's workers that handled the request in Python hung now and then, and the pool with them."""
     before = of_this_process(None)
@@ -53,9 +53,25 @@ def test_forked_processes_have_the_handlers_of_before():
     assert seen == [before] * 4
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no fork on Windows")
+@FORKS
+def test_workers_that_a_pool_starts_in_its_thread_have_them_too():
+    before = of_this_process(None)
+    with interruptible(), multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        assert pool.map(of_this_process, range(3), chunksize=1) == [before] * 3
+
+
+@FORKS
 def test_pools_end_when_they_are_told_to():
-    with interruptible():
-        for _ in range(20):
-            with multiprocessing.get_context("fork").Pool(8) as pool:
-                assert pool.map(abs, [-1]) == [1]
+    """In a process of its own, which can be ended if one does not."""
+
+    def many():
+        with interruptible():
+            for _ in range(20):
+                with multiprocessing.get_context("fork").Pool(8) as pool:
+                    assert pool.map(abs, [-1]) == [1]
+
+    process = multiprocessing.get_context("fork").Process(target=many)
+    process.start()
+    process.join(120)
+    process.kill()
+    assert process.exitcode == 0

@@ -120,7 +120,7 @@ class Predictor(nnUNetPredictor):
         engine: runs the network.
         decided: by ``predict_logits_from_preprocessed_data``, of each fold the tiles in order; empty where the network
             does not decide.
-        folder, folds, checkpoint: what ``from_folder`` has loaded; an exported folder's manifest has its checkpoint.
+        folder, folds, checkpoint: what ``from_folder`` has loaded; of an exported folder, what it was exported from.
         first_stage: of a cascade, what segments each case first where no segmentation of that stage is given.
     """
 
@@ -212,6 +212,7 @@ class Predictor(nnUNetPredictor):
             folds_before = [] if beside is None else same_or_all(predictor.folds, beside, checkpoint)
         else:
             predictor.folder, predictor.folds = Path(folder), tuple(folds or exported.manifest.folds)
+            predictor.checkpoint = exported.manifest.checkpoint
             predictor.manual_initialization(
                 nn.Identity(),  # nnU-Net wants a network; the engine has its own
                 exported.plans,
@@ -692,7 +693,8 @@ class Predictor(nnUNetPredictor):
         except (ValueError, RuntimeError):  # what nnU-Net's resampling says of no voxels, if anything
             self._check_thickness(properties)
             raise
-        self._check_thickness(properties)
+        if 0 in data.shape:
+            self._check_thickness(properties)
         if previous_stage is not None:  # as nnU-Net's one-hot encoding, without a second copy of all classes
             image_only, classes = data, self.label_manager.foreground_labels
             data = np.empty((len(image_only) + len(classes), *image_only.shape[1:]), np.float32)

@@ -292,7 +292,7 @@ def test_boxes_in_volumes_are_learned():
         optimizer.step()
     # Where it ends depends on the machine: so short a training is chaotic.
     assert losses[-1] < 0.75 * losses[0]
-    assert mean_iou(network, x, target) > before + 0.05
+    assert mean_iou(network, x, target) > max(before + 0.05, 0.25)
     with torch.no_grad():
         logits = network.eval()(x)
     assert logits.shape == (2, 3, *PATCH)

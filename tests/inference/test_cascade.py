@@ -56,7 +56,8 @@ def test_one_call_gives_what_two_give(results, images, tmp_path, monkeypatch, ca
     assert cli.main([*by_name, "-i", str(images), "-o", str(tmp_path / "one")]) == 0
     shown = capsys.readouterr()
     assert f"first stage: {results / NAMES[0]}, -f 1\n" in shown.err
-    assert json.loads(shown.out)["first_stage"] == {"model": str(results / NAMES[0]), "folds": [1]}
+    expected = {"model": str(results / NAMES[0]), "folds": [1], "checkpoint": "checkpoint_final.pth"}
+    assert json.loads(shown.out)["first_stage"] == expected
     one, two, first = (labels(tmp_path / name) for name in ("one", "two", "first"))
     assert list(one) == list(two) == ["case_0.nii.gz", "case_1.nii.gz"]
     for name in one:

@@ -79,9 +79,9 @@ def sizes(monkeypatch):
 
     compiled, seen = openvino_engine.compiled, []
 
-    def spy(model, precision, threads, shape=None, file=None):
+    def spy(model, precision, threads, shape=None, **options):
         seen.append(shape)
-        return compiled(model, precision, threads, shape)
+        return compiled(model, precision, threads, shape, **options)
 
     monkeypatch.setattr(openvino_engine, "compiled", spy)
     return seen
@@ -336,7 +336,9 @@ def test_the_detector_is_the_calibrated_one_whatever_the_segmentors_checkpoint(t
     assert export(segmentor, tmp_path, folder, "openvino", "fp32", "--force", *flags) == 0
     manifests = [json.loads((each / "manifest.json").read_text()) for each in (folder / "first_stage", folder)]
     assert [manifest["checkpoint"] for manifest in manifests] == checkpoints
-    predictors = (Predictor.from_folder(each, (0,), "checkpoint_best.pth", threads=1) for each in (segmentor, folder))
+    predictors = [Predictor.from_folder(each, (0,), "checkpoint_best.pth", threads=1) for each in (segmentor, folder)]
+    for predictor in predictors:
+        assert [predictor.first_stage.checkpoint, predictor.checkpoint] == checkpoints
     expected, got = (predictor.predict(bright_cubes(FAR), (1, 1, 1)).segmentation for predictor in predictors)
     assert (expected == got).mean() >= 0.9999 and got.any()
 
