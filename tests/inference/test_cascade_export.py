@@ -79,9 +79,9 @@ def sizes(monkeypatch):
 
     compiled, seen = openvino_engine.compiled, []
 
-    def spy(model, precision, threads, shape=None, **options):
+    def spy(model, precision, threads, shape=None, *more):
         seen.append(shape)
-        return compiled(model, precision, threads, shape, **options)
+        return compiled(model, precision, threads, shape, *more)
 
     monkeypatch.setattr(openvino_engine, "compiled", spy)
     return seen
@@ -139,7 +139,8 @@ def test_one_call_by_the_command(segmentors, exported, tmp_path, capsys, monkeyp
     assert cli.main([*common, "-m", str(exported["stages"]), "-o", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr()
     report = json.loads(shown.out)
-    assert report["first_stage"] == {"model": str(exported["stages"] / "first_stage"), "folds": [0]}
+    first = {"model": str(exported["stages"] / "first_stage"), "folds": [0], "checkpoint": "checkpoint_final.pth"}
+    assert report["first_stage"] == first
     assert (report["engine"], report["precision"]) == ("openvino", "fp32") and "first_stage" in shown.err
     one, other = (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / name / "case_0.nii.gz")))
                   for name in ("out", "torch"))  # fmt: skip
