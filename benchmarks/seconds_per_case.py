@@ -53,16 +53,15 @@ def main() -> None:
     measured: dict[str, dict[int, tuple]] = {name: {} for name, _ in args.row}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for count in (1, *cases_of.values()):
-            (folder / f"images_{count}").mkdir(exist_ok=True)
-            for image in (image for case in names[:count] for image in cases[case]):
-                link = folder / f"images_{count}" / image.name
-                if not link.exists():
-                    link.symlink_to(image.absolute())
+        for count in {1, *cases_of.values()}:
+            (folder / f"images_{count}").mkdir()
+            for case in names[:count]:
+                for image in cases[case]:
+                    (folder / f"images_{count}" / image.name).symlink_to(image.absolute())
         for is_first in (True, False):
             for number, (row, command) in enumerate(args.row):
                 count, runs = 1 if is_first else cases_of[row], []
-                for repeat in range(args.repeats if count == 1 else 1):
+                for repeat in range(args.repeats if is_first else 1):
                     flags = ["-i", folder / f"images_{count}", "-o", folder / f"out_{number}_{count}_{repeat}"]
                     runs.append(measure([*shlex.split(command), *flags]))
                 measured[row][count] = tuple(statistics.median(values) for values in zip(*runs, strict=True))

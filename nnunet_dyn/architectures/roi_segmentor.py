@@ -777,8 +777,7 @@ class _Layers:
     def channels(self, inputs: int, outputs: int) -> nn.Sequential:
         """Pointwise convolution, normalisation and activation.
 
-        Without the last the way through the stages would be all but linear, and with nnU-Net's optimiser the network
-        would predict the same probabilities everywhere for thousands of iterations.
+        Without the last the way through the stages would be all but linear.
         """
         return nn.Sequential(self.pointwise(inputs, outputs), self.norm(outputs), self.nonlin())
 

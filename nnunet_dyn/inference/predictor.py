@@ -694,7 +694,7 @@ class Predictor(nnUNetPredictor):
             self._check_thickness(properties)
             raise
         if 0 in data.shape:
-            self._check_thickness(properties)
+            self._check_thickness(properties, data.shape[1:])
         if previous_stage is not None:  # as nnU-Net's one-hot encoding, without a second copy of all classes
             image_only, classes = data, self.label_manager.foreground_labels
             data = np.empty((len(image_only) + len(classes), *image_only.shape[1:]), np.float32)
@@ -703,15 +703,19 @@ class Predictor(nnUNetPredictor):
                 channel[...] = labels[0] == label
         return torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)), properties
 
-    def _check_thickness(self, properties: dict) -> None:
-        """Raises TooThinError if the image has no voxel at the network's spacing, ``properties`` being nnU-Net's."""
+    def _check_thickness(self, properties: dict, left: Sequence[int] | None = None) -> None:
+        """Raises TooThinError if the image has no voxel at the network's spacing, ``properties`` being nnU-Net's.
+
+        Args:
+            left: the voxels it has there; ``None``: as many as nnU-Net's resampling would leave.
+        """
         shape = properties.get("shape_after_cropping_and_before_resampling")
         if shape is None:  # nnU-Net did not come that far
             return
         spacing = [properties["spacing"][axis] for axis in self.plans_manager.transpose_forward]
         own = list(self.configuration_manager.spacing)
         own = spacing[: len(spacing) - len(own)] + own  # 2D leaves the first axis as it is
-        left = compute_new_shape(shape, spacing, own)
+        left = compute_new_shape(shape, spacing, own) if left is None else left
         if 0 in left:
             raise TooThinError(
                 f"Got an image that has {' × '.join(map(str, left))} voxels at the network's spacing of "
