@@ -257,23 +257,6 @@ def test_masks_enter_in_training_alone_and_once(small):
             assert torch.equal(mask[:, 2:], expected) and not mask[:, 0].any()
 
 
-def mean_iou(network, x, target):
-    """Of the boxes of all classes that are there, whatever their scores."""
-    threshold = network.score_threshold.clone()
-    network.score_threshold.zero_()
-    found, ious = network.eval().detect(x), []
-    for sample, one in zip(target, found, strict=True):
-        for label, boxes in label_boxes(sample[0].numpy(), [1, 2]).items():
-            for box in boxes:
-                common = intersection(box, one[label][0].box)
-                inter = volume(common) if common else 0
-                ious.append(inter / (volume(box) + volume(one[label][0].box) - inter))
-    assert len(ious) == 3
-    network.train()
-    network.score_threshold.copy_(threshold)
-    return np.mean(ious)
-
-
 def test_boxes_in_volumes_are_learned():
     generator = torch.Generator().manual_seed(0)
     target = labels(
@@ -281,21 +264,28 @@ def test_boxes_in_volumes_are_learned():
         [((6, 14), (8, 20), (2, 9)), None],
     )
     x = (target == 1).float() - (target == 2).float() + 0.1 * torch.randn(target.shape, generator=generator)
-    network, losses = detector(view="mean"), []
-    before = mean_iou(network, x, target)
-    optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
-    for _ in range(40):
-        losses.append(network.loss(network(x), target))
+    network = detector(view="mean")
+    optimizer = torch.optim.Adam(network.parameters())
+    # At a constant rate where it ends depends on the processor.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=140, pct_start=0.2)
+    for _ in range(140):
         optimizer.zero_grad()
-        losses[-1].backward()
+        network.loss(network(x), target).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-    # Where it ends depends on the machine: so short a training is chaotic.
-    assert losses[-1] < 0.75 * losses[0]
-    assert mean_iou(network, x, target) > max(before + 0.05, 0.25)
+        schedule.step()
+    found = network.eval().detect(x)
+    assert [[len(one[label]) for label in (1, 2)] for one in found] == [[1, 1], [1, 0]]
+    ious = []
+    for sample, one in zip(target, found, strict=True):
+        for label, (box,) in label_boxes(sample[0].numpy(), [label for label in (1, 2) if one[label]]).items():
+            common = intersection(box, one[label][0].box)
+            inter = volume(common) if common else 0
+            ious.append(inter / (volume(box) + volume(one[label][0].box) - inter))
+    assert np.mean(ious) > 0.5 and min(ious) > 0.25
     with torch.no_grad():
-        logits = network.eval()(x)
-    assert logits.shape == (2, 3, *PATCH)
+        logits = network(x)
+    assert logits.shape == (2, 3, *PATCH) and (logits.argmax(1)[1] == 2).sum() == 0
     other = detector(view="mean", seed=1).eval()
     other.load_state_dict(network.state_dict())
     with torch.no_grad():
