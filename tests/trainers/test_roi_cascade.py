@@ -372,6 +372,31 @@ class TestSegmentor:
         trainer.set_deep_supervision_enabled(False)
         assert not trainer.module.decoder.deep_supervision
 
+    def test_its_own_network_is_trained_by_adamw_and_others_by_nnunets_sgd(self, make):
+        own, other = make("3d_roi"), make("3d_roi")
+        other.configuration_manager.configuration["architecture"]["arch_kwargs"] |= {
+            "network_class": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+            "n_conv_per_stage": 1,
+            "n_conv_per_stage_decoder": 1,
+        }
+        for trainer, kind, rate in ((own, torch.optim.AdamW, own.segmentor_lr), (other, torch.optim.SGD, 1e-2)):
+            trainer.initialize()
+            assert isinstance(trainer.optimizer, kind) and trainer.optimizer.param_groups[0]["lr"] == rate
+            trainer.lr_scheduler.step(trainer.num_epochs - 1)
+            assert 0 < trainer.optimizer.param_groups[0]["lr"] < rate / 2
+
+    def test_it_learns_within_few_iterations(self, make):
+        """Both classes. Under nnU-Net's SGD it has none of one of them even after 160 iterations."""
+        trainer = make("3d_roi")
+        torch.manual_seed(0)
+        np.random.seed(0)
+        steps(trainer, 60)
+        trainer.network.eval()
+        with torch.no_grad():
+            results = [trainer.validation_step(next(trainer.dataloader_val)) for _ in range(6)]
+        found, false, missed = (sum(result[key] for result in results) for key in ("tp_hard", "fp_hard", "fn_hard"))
+        assert (2 * found / (2 * found + false + missed)).min() > 0.1
+
     def test_boxes_of_changed_data_are_found_anew(self, make):
         trainer = make("3d_roi")
         trainer.initialize()
