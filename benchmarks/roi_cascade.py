@@ -42,7 +42,7 @@ from nnunet_dyn.architectures.roi import Box, enlarge, mask_boxes, volume
 from nnunet_dyn.architectures.triplane import FILTERS
 from nnunet_dyn.inference.predictor import Predictor
 from nnunet_dyn.safety import BoxEvidence
-from nnunet_dyn.trainers.roi_cascade import SCORES, TRI_PLANE, add_case, boxes_of_case
+from nnunet_dyn.trainers.roi_cascade import SCORES, TRI_PLANE, add_case, boxes_of_case, nearest_axes
 
 PLANS = "nnUNetDynPlans"
 TEMPLATES = Path(__file__).parents[1] / "nnunet_dyn" / "plans_templates"
@@ -176,7 +176,7 @@ def boxes_on_held_out(name: str, model: Path) -> dict:
     """What the calibrated boxes hold on the held-out cases, and how near they come to the targets' boxes.
 
     Returns:
-        ``as_used`` and ``without_margin``: as ``calibration.json`` has them, on the detector's grid. ``iou``: see
+        ``as_used`` and ``without_margin``: as ``calibration.json`` has them. ``iou``: see
         :func:`overlaps`. ``other_settings``: what one score and one margin for all classes would have held.
         ``calibration``: that of the validation cases.
     """
@@ -206,7 +206,8 @@ def boxes_on_held_out(name: str, model: Path) -> dict:
         data, targets = torch.from_numpy(np.asarray(data)), np.asarray(targets[0])
         shape = data.shape[1:]
         found = boxes_of_case(network, data, configuration.patch_size, SCORES)
-        add_case(evidence, case, targets, classes, shape, found)
+        nearest = nearest_axes(predictor.plans_manager, configuration)
+        add_case(evidence, case, targets, classes, shape, found, nearest)
         scale = [size / coarse for size, coarse in zip(targets.shape, shape, strict=True)]
         for own, entry, label in zip(names, classes, channels, strict=True):
             boxes = {str(other): of_score[label] for other, of_score in found.items()}

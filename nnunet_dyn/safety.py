@@ -26,6 +26,12 @@ _MARGIN = 0.1
 _PARTS = 5
 #: Margins of boxes are looked for up to this many voxels, or an eighth of the volume's side.
 _LEAST_MARGIN = 4
+#: The margin of a class that no case has.
+_UNKNOWN_MARGIN = 2
+#: A box whose logits (``roi.INSIDE``, ``OUTSIDE``) are interpolated holds what has more than 1/65 of its weight in it.
+#: Along one axis that is all up to this far, in voxels, from the middle of the first voxel outside of it; its corners
+#: hold what has a quarter of the weight on each of three axes.
+_END, _END_OF_CORNER = 1 / 64, 1 / 4
 
 
 def _of_left_out(what: str, shares: Mapping[str, float], lost: int) -> str:
@@ -301,8 +307,10 @@ class BoxCalibration:
         worst: case and class of the lowest coverage, and that coverage.
         lost_components: connected components of the size that counts of which nothing is inside a box.
         is_safe: whether every class is covered as asked for and no component is lost, in the cases left out, too.
-        volume: share of all voxels that are inside a box; what is run are the crops around them, which are larger.
-        ratio: the boxes' voxels to those of boxes drawn around the targets; ``None`` where there is no target.
+        volume: share of all voxels, of the grid that is segmented, that are inside a box; what is run are the crops
+            around them, which are larger.
+        ratio: the boxes' voxels to those of boxes drawn around the targets on that grid; ``None`` where there is no
+            target.
         cases: how many there were.
         unseen: classes that the cases have no voxels of.
         left_out: of each class that two cases hold or more, the share of voxels inside its own boxes in cases that the
@@ -373,7 +381,7 @@ class _Targets:
     """The components of one class in one case."""
 
     component: np.ndarray  # (N,), from 0
-    cells: np.ndarray  # (N, axes)
+    cells: np.ndarray  # (N, axes), places as in _places
     voxels: np.ndarray  # (N,), of the component in the cell
 
     def held(self, inside: np.ndarray) -> np.ndarray:
@@ -385,9 +393,14 @@ class _Targets:
 class _BoxCase:
     name: str
     shape: tuple[int, ...]
+    places: list[np.ndarray]  # of each axis, (fine,)
     targets: dict[str, _Targets]  # by class, of those that are there
     boxes: dict[float, dict[str, np.ndarray]]  # by threshold and class: (boxes, axes, 2)
-    tight: np.ndarray
+    tight: np.ndarray  # on the fine grid
+
+    @property
+    def fine(self) -> tuple[int, ...]:
+        return tuple(map(len, self.places))
 
     def enlarged(self, settings: _Settings) -> np.ndarray:
         """The boxes of the classes in ``settings``: ``(boxes, axes, 2)``."""
@@ -402,16 +415,14 @@ class _BoxCase:
     def inside(self, settings: _Settings, cells: np.ndarray) -> np.ndarray:
         """Whether each of ``cells: (N, axes)`` is in any box: ``(N,)``."""
         covered = np.zeros(len(cells), bool)
-        for start, stop in self.enlarged(settings).transpose(0, 2, 1):
+        for start, stop in _on_places(self.enlarged(settings)).transpose(0, 2, 1):
             covered |= ((cells >= start) & (cells < stop)).all(1)
         return covered
 
-    def union(self, boxes: np.ndarray) -> int:
-        """Voxels of the grid inside any of ``boxes``."""
-        inside = np.zeros(self.shape, bool)
-        for box in boxes:
-            inside[tuple(slice(max(0, start), stop) for start, stop in box)] = True
-        return int(inside.sum())
+    def resampled(self, boxes: np.ndarray) -> np.ndarray:
+        """``boxes`` of the detector's grid, ``(boxes, axes, 2)``, as they are on the fine one."""
+        pairs = zip(self.places, _on_places(boxes).transpose(1, 0, 2), strict=True)
+        return np.stack([np.searchsorted(places, ends) for places, ends in pairs], 1)
 
 
 class _Reach:
@@ -434,7 +445,7 @@ class _Reach:
             for box in case.boxes[threshold][label]:  # one by one, since there may be hundreds
                 rest = np.flatnonzero(~is_inside)
                 at = targets.cells[rest]
-                outside = np.maximum(box[:, 0] - at, at + 1 - box[:, 1]).clip(min=0)
+                outside = np.maximum(box[:, 0] - at // 2, (at + 1) // 2 - box[:, 1]).clip(min=0)
                 is_near = (outside <= self.largest).all(1)
                 cell.append(rest[is_near] + cells)
                 beyond.append(outside[is_near].T.astype(np.int16))
@@ -460,7 +471,7 @@ class _Reach:
 
 
 class BoxEvidence:
-    """What a detector finds in cases whose targets are known, on the detector's grid."""
+    """What a detector finds in cases whose targets are known: boxes of its grid, as they lie on the segmentor's."""
 
     def __init__(self):
         self._cases: list[_BoxCase] = []
@@ -473,28 +484,29 @@ class BoxEvidence:
         targets: Iterable[tuple[str, np.ndarray, Sequence[int]]],
         boxes: Mapping[float, Mapping[str, Sequence[Sequence[tuple[int, int]]]]],
         tight: Sequence[Sequence[tuple[int, int]]],
+        nearest: Collection[int] = (),
     ) -> None:
         """Add a case.
 
         Args:
             shape: of the case on the detector's grid.
             fine: its shape on the grid that is segmented.
-            targets: a class, its components there numbered from 1, and the first voxel of that array. A voxel counts
-                for the voxel of the detector's grid that holds its middle.
+            targets: a class, its components there numbered from 1, and the first voxel of that array.
             boxes: without a margin, by the score threshold that they reach, then by class.
-            tight: boxes around the targets.
+            tight: boxes around the targets on the fine grid.
+            nearest: axes along which boxes are resampled to the nearest voxel. Along others the interpolation makes
+                them nearly half a voxel of the detector's grid longer at either end.
         """
+        axes = [(full, size, axis in nearest) for axis, (full, size) in enumerate(zip(fine, shape, strict=True))]
+        held = [_places(*axis, _END_OF_CORNER) for axis in axes]  # never more than is held
         of_class = {}
         for label, components, corner in targets:
             count = int(components.max(initial=0))
             if not count:
                 continue
             at = np.nonzero(components)
-            coarse = [
-                ((index + first + 0.5) * size / full).astype(int)
-                for index, first, size, full in zip(at, corner, shape, fine, strict=True)
-            ]
-            where = (count + 1, *shape)
+            coarse = [of_axis[index + first] for index, first, of_axis in zip(at, corner, held, strict=True)]
+            where = (count + 1, *(2 * size + 1 for size in shape))
             keys, voxels = np.unique(np.ravel_multi_index([components[at], *coarse], where), return_counts=True)
             number, *index = np.unravel_index(keys, where)
             of_class[label] = _Targets(number - 1, np.stack(index, 1), voxels)
@@ -502,6 +514,7 @@ class BoxEvidence:
             _BoxCase(
                 case,
                 tuple(shape),
+                [_places(*axis, _END) for axis in axes],
                 of_class,
                 {
                     threshold: {label: _as_array(found, len(shape)) for label, found in of_score.items()}
@@ -526,8 +539,8 @@ class BoxEvidence:
             labels: every class that is to be found.
             min_coverage: share of the voxels of every class that must be inside a box.
             min_component: components of this many voxels or more must not be outside whole.
-            enough: a class that fewer cases hold takes the next lower score, if there is one, and a voxel more on every
-                side than these cases ask for.
+            enough: a class that fewer cases hold takes the next lower score than these cases ask for, if there is one,
+                and one that fewer than half as many hold also a voxel more on every side.
 
         Raises:
             ValueError: ``min_coverage`` is no share, or there are no cases.
@@ -535,7 +548,7 @@ class BoxEvidence:
         if not 0 <= min_coverage <= 1:
             raise ValueError(f"min_coverage got {min_coverage}; expected a share from 0 to 1.")
         if not self._cases:
-            raise ValueError("No cases to calibrate on. Expected one in the validation fold.")
+            raise ValueError("Got no cases to calibrate on; expected one or more. Add some to the validation fold.")
 
         def badness(held: np.ndarray) -> tuple[int, float]:
             return self._badness({"": held}, min_coverage, min_component)
@@ -545,7 +558,7 @@ class BoxEvidence:
             thresholds, least = sorted(self._cases[0].boxes, reverse=True), 0
             holding = [case for case in self._cases if label in case.targets]
             if not holding:  # everything that may be one is kept
-                thresholds, least = thresholds[-1:], _LEAST_MARGIN // 2
+                thresholds, least = thresholds[-1:], _UNKNOWN_MARGIN
             parts = range(min(_PARTS, len(holding)) if len(holding) > 1 else 0)
             candidates = []
             for threshold in thresholds:
@@ -557,7 +570,8 @@ class BoxEvidence:
                 judged = [reach.held(one[label][1])[:, reach.part == part] for part, one in enumerate(of_parts)]
                 judged = np.concatenate(judged, 1) if judged else of_all
                 if 0 < len(holding) < enough:  # slack is not to be used up here
-                    found, *of_parts = map(self._with_slack, (found, *of_parts))
+                    more = int(2 * len(holding) < enough)
+                    found, *of_parts = (self._with_slack(one, more) for one in (found, *of_parts))
                 order = (*badness(of_all), *badness(judged), self._voxels(found), -threshold)
                 candidates.append((order, found, of_parts))
             _, found, of_parts = min(candidates, key=lambda candidate: candidate[0])
@@ -598,14 +612,14 @@ class BoxEvidence:
             margin = smallest([(*margin[:axis], less, *margin[axis + 1 :]) for less in range(least, margin[axis] + 1)])
         return margin
 
-    def _with_slack(self, settings: _Settings) -> _Settings:
-        """With the next lower score and a voxel more on every side."""
+    def _with_slack(self, settings: _Settings, more: int) -> _Settings:
+        """With the next lower score and ``more`` voxels on every side."""
 
         def lower(score: float) -> float:
             return max((other for other in self._cases[0].boxes if other < score), default=score)
 
         return {
-            label: (lower(score), tuple(side + 1 for side in margin)) for label, (score, margin) in settings.items()
+            label: (lower(score), tuple(side + more for side in margin)) for label, (score, margin) in settings.items()
         }
 
     def measure(
@@ -631,7 +645,8 @@ class BoxEvidence:
             for label, share in self._coverage(of_case).items()
         ]
         worst = min(shares, default=(1.0, "", ""))
-        voxels, tight = self._voxels(settings), sum(case.union(case.tight) for case in self._cases)
+        voxels = sum(_union(case.resampled(case.enlarged(settings)), case.fine) for case in self._cases)
+        tight = sum(_union(case.tight, case.fine) for case in self._cases)
         return BoxCalibration(
             {label: margin for label, (_, margin) in settings.items()},
             {label: score for label, (score, _) in settings.items()},
@@ -639,7 +654,7 @@ class BoxEvidence:
             (*worst[1:], worst[0]),
             self._lost(held, min_component),
             self._badness(held, min_coverage, min_component) == (0, -min_coverage),
-            voxels / sum(prod(case.shape) for case in self._cases),
+            voxels / sum(prod(case.fine) for case in self._cases),
             voxels / tight if tight else None,
             len(self._cases),
             self._unseen(labels),
@@ -659,8 +674,8 @@ class BoxEvidence:
         )
 
     def _voxels(self, settings: _Settings) -> int:
-        """Voxels of the grid inside any box."""
-        return sum(case.union(case.enlarged(settings)) for case in self._cases)
+        """Voxels of the detector's grid inside any box."""
+        return sum(_union(case.enlarged(settings), case.shape) for case in self._cases)
 
     def _unseen(self, labels: Collection[str]) -> tuple[str, ...]:
         return tuple(label for label in labels if not any(label in case.targets for case in self._cases))
@@ -693,6 +708,34 @@ def _joined(parts: Iterable[_Held]) -> _Held:
         for label, held in part.items():
             of_class.setdefault(label, []).append(held)
     return {label: np.concatenate(held, 1) for label, held in of_class.items()}
+
+
+def _places(fine: int, shape: int, is_nearest: bool, end: float) -> np.ndarray:
+    """Where each of ``fine`` voxels of an axis lies among the middles of its ``shape`` coarse ones, ``(fine,)``.
+
+    2 k + 1 is up to ``end`` from the middle of voxel k, or in it where the nearest voxel is taken; 2 k lies between the
+    middles of k - 1 and k.
+    """
+    at = (np.arange(fine) + 0.5) * shape / fine
+    if is_nearest:
+        return 2 * at.astype(int) + 1
+    at -= 0.5
+    middle = np.rint(at)
+    is_middle = np.abs(at - middle) < end - 1e-6
+    return np.where(is_middle, 2 * middle + 1, 2 * np.floor(at) + 2).astype(int)
+
+
+def _on_places(boxes: np.ndarray) -> np.ndarray:
+    """``boxes: (boxes, axes, 2)`` of coarse voxels, as places that they hold once they are resampled."""
+    return 2 * boxes + np.array([0, 1])
+
+
+def _union(boxes: np.ndarray, shape: Sequence[int]) -> int:
+    """Voxels of a grid of ``shape`` inside any of ``boxes: (boxes, axes, 2)``."""
+    inside = np.zeros(shape, bool)
+    for box in boxes:
+        inside[tuple(slice(max(0, start), stop) for start, stop in box)] = True
+    return int(inside.sum())
 
 
 def _as_array(boxes: Sequence, axes: int) -> np.ndarray:

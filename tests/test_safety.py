@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 
+from nnunet_dyn.architectures.roi import render_boxes
 from nnunet_dyn.safety import NEVER, BoxEvidence, Evidence
 
 LABELS = ["1"]
@@ -247,8 +249,7 @@ class TestBoxes:
                 components[part] = number
             first = int(components.any((0, 1)).argmax())
             numbered.append((label, components[..., first:], (0, 0, first)))
-        step = fine[0] // self.SHAPE[0]
-        tight = [[(axis.start // step, axis.stop // step) for axis in part] for p in targets.values() for part in p]
+        tight = [[(axis.start, axis.stop) for axis in part] for parts in targets.values() for part in parts]
         boxes = {
             score: {"1": [], "2": [], "3": []} | (each if isinstance(each, dict) else {"1": each})
             for score, each in found.items()
@@ -315,9 +316,42 @@ class TestBoxes:
         assert "so that nothing is known: 3" in str(found)
 
     def test_targets_on_a_finer_grid(self):
-        targets = {"1": [np.s_[10:20, 10:20, 10:22]]}
-        found = self.evidence({0.5: [((5, 10), (5, 10), (5, 10))]}, targets, (40, 40, 40)).calibrate(["1"])
-        assert found.margin == {"1": (0, 0, 1)} and found.ratio == pytest.approx(7 / 6)
+        """A box of 5–10 voxels is 12 of the finer ones long, 9 to 20, once its logits are interpolated."""
+        boxes = {0.5: [((5, 10), (5, 10), (5, 10))]}
+        exact = {"1": [np.s_[9:21, 9:21, 9:21]]}
+        found = self.evidence(boxes, exact, (40, 40, 40)).calibrate(["1"])
+        assert found.margin == {"1": (0, 0, 0)} and found.ratio == 1 and found.coverage == {"1": 1.0}
+        assert found.volume == pytest.approx(12**3 / 40**3)
+        longer = {"1": [np.s_[10:20, 10:20, 10:22]]}
+        found = self.evidence(boxes, longer, (40, 40, 40)).calibrate(["1"])
+        assert found.margin == {"1": (0, 0, 1)} and found.ratio == pytest.approx(12 * 12 * 16 / 1200)
+
+    @pytest.mark.parametrize(
+        "fine, spacing, nearest",
+        [
+            ((20, 20, 20), (1, 1, 1), ()),
+            ((40, 40, 40), (1, 1, 1), ()),
+            ((31, 44, 60), (1, 1, 1), ()),
+            ((60, 27, 33), (4, 1, 1), (0,)),
+        ],
+    )
+    def test_boxes_hold_what_nnunets_resampling_makes_of_them(self, fine, spacing, nearest):
+        """Never less, at most some corners more by ``volume``, and by ``coverage`` no voxel that is outside."""
+        rng = np.random.default_rng(0)
+        for _ in range(8):
+            start = rng.integers(0, 16, 3)
+            box = tuple(zip(start.tolist(), (start + rng.integers(2, 5, 3)).tolist(), strict=True))
+            logits = render_boxes({1: [box]}, self.SHAPE, 2).numpy()
+            resampled = resample_data_or_seg_to_shape(logits, fine, spacing, spacing, False, 1, 0, None)
+            inside = resampled[1] > resampled[0]
+            made = BoxEvidence()
+            targets = [(label, part.astype(int), (0, 0, 0)) for label, part in (("1", inside), ("2", ~inside))]
+            made.add_case("a", self.SHAPE, fine, targets, {0.5: {"1": [box], "2": []}}, [], nearest)
+            found = made.measure(["1", "2"], {"1": 0.5, "2": 0.5}, {"1": (0, 0, 0), "2": (0, 0, 0)})
+            assert inside.mean() <= found.volume + 1e-9 and found.volume <= 1.3 * inside.mean()
+            assert found.coverage["2"] == 0 and found.coverage["1"] > 0.5
+            if fine[0] in (20, 40):
+                assert found.coverage["1"] == 1 and found.volume == pytest.approx(inside.mean())
 
     def test_a_margin_is_judged_by_cases_that_it_was_not_set_on(self):
         """At 0.5 one case needs three voxels that the other does not tell of; at 0.1 larger boxes need none."""
@@ -343,13 +377,15 @@ class TestBoxes:
         assert json.loads(json.dumps(found.to_json()))["left_out"] == {"1": pytest.approx(0.7)}
 
     def test_few_cases_leave_slack(self):
-        """One case gets the next lower score and a voxel more, a class that no case has nothing beyond its own."""
+        """The next lower score, and fewer than half as many as are enough a voxel more; a class without any its own."""
         box = ((5, 10), (6, 10), (8, 9))
         made = self.evidence({0.5: [box], 0.3: [box], 0.1: {"1": [box], "3": [box]}})
         assert made.calibrate(["1"], enough=1).margin == {"1": (0, 1, 3)}
-        found = made.calibrate(["1", "3"], enough=2)
+        found = made.calibrate(["1"], enough=2)
+        assert found.margin == {"1": (0, 1, 3)} and found.score_threshold == {"1": 0.3}
+        found = made.calibrate(["1", "3"], enough=3)
         assert found.margin == {"1": (1, 2, 4), "3": (2, 2, 2)} and found.score_threshold == {"1": 0.3, "3": 0.1}
-        lowest = self.evidence({0.5: [box]}).calibrate(["1"], enough=2)
+        lowest = self.evidence({0.5: [box]}).calibrate(["1"], enough=3)
         assert lowest.score_threshold == {"1": 0.5} and lowest.ratio == pytest.approx(7 * 8 * 9 / 125)
 
     def test_slack_goes_by_the_cases_that_hold_the_class(self):
@@ -429,7 +465,7 @@ class TestBoxes:
         made.add_case("a", self.SHAPE, self.SHAPE, [nothing], {0.5: {"1": []}, 0.1: {"1": []}}, [])
         found = made.calibrate(["1"])
         assert (found.score_threshold, found.margin, found.ratio) == ({"1": 0.1}, {"1": (2, 2, 2)}, None)
-        with pytest.raises(ValueError, match="No cases"):
+        with pytest.raises(ValueError, match="Got no cases"):
             BoxEvidence().calibrate(["1"])
         with pytest.raises(ValueError, match="min_coverage got 2"):
             made.calibrate(["1"], 2)

@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from itertools import product
 from math import pi
@@ -24,6 +24,7 @@ from batchgeneratorsv2.transforms.nnunet.remove_connected_components import (
 )
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+from nnunetv2.preprocessing.resampling.default_resampling import determine_do_sep_z_and_axis
 from nnunetv2.training.dataloading.nnunet_dataset import (
     infer_dataset_class,
     nnUNetBaseDataset,
@@ -251,7 +252,8 @@ class ROICascadeTrainer(CalibratedTrainer):
     Attributes:
         min_coverage: share of the voxels of every class that the detector's boxes must hold.
         min_component: components of this many voxels or more must not be outside them whole.
-        enough_cases: calibration leaves some slack for classes that fewer cases hold, and always in fold ``all``.
+        enough_cases: calibration leaves some slack for classes that fewer cases hold, more for those that fewer than
+            half as many hold, and always in fold ``all``.
         fine_tuning: share of the epochs in which the segmentor sees the detector's boxes.
         detector_rotation: the largest angle by which augmentation turns a volume for the detector, half of nnU-Net's:
             one that fills its patch is turned out of it.
@@ -441,7 +443,7 @@ class ROICascadeTrainer(CalibratedTrainer):
         for key in keys:
             self.on_first(partial(self._observe, evidence, key, fine))
         names = [str(entry) for entry in self._classes]
-        enough = len(keys) + 1 if self.fold == "all" else self.enough_cases  # its cases were trained on
+        enough = 2 * len(keys) + 1 if self.fold == "all" else self.enough_cases  # its cases were trained on
         asked = (self.min_coverage, self.min_component, enough)
         found = self.on_first(partial(evidence.calibrate, names, *asked))
         for channel, name in zip(self.module.classes, names, strict=True):
@@ -461,7 +463,8 @@ class ROICascadeTrainer(CalibratedTrainer):
         network, patch = self.module, self.configuration_manager.patch_size
         with self._autocast():
             found = boxes_of_case(network, torch.from_numpy(np.asarray(data[:])).to(self.device), patch, SCORES)
-        add_case(evidence, key, labels, self._classes, shape, found)
+        nearest = nearest_axes(self.plans_manager, self.configuration_manager)
+        add_case(evidence, key, labels, self._classes, shape, found, nearest)
 
     def _next_stage(self, keys: Sequence[str]) -> nnUNetBaseDataset | None:
         """The cases on the grid that will be segmented, or ``None`` where they are not all there."""
@@ -593,30 +596,36 @@ def add_case(
     classes: Sequence[int | Sequence[int]],
     shape: Sequence[int],
     found: Mapping[float, Mapping[int, Sequence[Box]]],
+    nearest: Collection[int] = (),
 ) -> None:
     """Add a case to ``evidence`` by its ``labels`` on the grid that is segmented, and what :func:`boxes_of_case` found.
 
     Args:
         classes: a label each, or for a region the labels in it.
         shape: of the case on the detector's grid.
+        nearest: as :func:`nearest_axes` says.
     """
     targets, tight = [], []
     for entry in classes:
         components, corner = connected_targets(np.isin(labels, entry))
         targets.append((str(entry), components, corner))
-        tight += [_scaled(box, labels.shape, shape) for box in component_boxes(components, corner)]
+        tight += component_boxes(components, corner)
     boxes = {
         score: {str(entry): of_class for entry, of_class in zip(classes, of_score.values(), strict=True)}
         for score, of_score in found.items()
     }
-    evidence.add_case(case, shape, labels.shape, targets, boxes, tight)
+    evidence.add_case(case, shape, labels.shape, targets, boxes, tight, nearest)
 
 
-def _scaled(box: Box, shape: Sequence[int], to: Sequence[int]) -> Box:
-    """``box`` of a grid of ``shape`` on one of ``to`` voxels, rounded outwards."""
-    return tuple(
-        (start * new // old, -(-stop * new // old)) for (start, stop), old, new in zip(box, shape, to, strict=True)
-    )
+def nearest_axes(plans_manager: PlansManager, detector: ConfigurationManager) -> tuple[int, ...]:
+    """Axes along which nnU-Net resamples the boxes of the configuration ``detector`` to the nearest voxel.
+
+    It is that of thick slices, where there is one.
+    """
+    fine = plans_manager.get_configuration(detector.next_stage_names[0]) if detector.next_stage_names else detector
+    options = detector.configuration.get("resampling_fn_probabilities_kwargs", {})
+    is_apart, axis = determine_do_sep_z_and_axis(options.get("force_separate_z", False), detector.spacing, fine.spacing)
+    return (int(axis),) if is_apart and not options.get("order_z", 0) else ()
 
 
 def make_trainer(name: str) -> tuple[type, dict]:
