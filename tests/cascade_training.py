@@ -58,11 +58,19 @@ def write_cases(root: Path) -> None:
     (base / "splits_final.json").write_text(json.dumps([{"train": list(CASES[:2]), "val": list(CASES[2:])}]))
 
 
-def make_trainer(configuration: str, labels: dict = LABELS["classes"], name: str = NAME, fold: int = 0):
-    """A trainer for one of the two configurations, where nnU-Net's variables point to :func:`write_cases`' folder."""
+def make_trainer(
+    configuration: str, labels: dict = LABELS["classes"], name: str = NAME, fold: int | str = 0, **segmentor: object
+):
+    """A trainer for one of the two configurations, where nnU-Net's variables point to :func:`write_cases`' folder.
+
+    Args:
+        segmentor: other arguments of its network.
+    """
+    plans = json.loads(json.dumps(cascade_plans()))
+    plans["configurations"]["3d_roi"]["architecture"]["arch_kwargs"] |= segmentor
     dataset = {"channel_names": {"0": "CT"}, "numTraining": 3, "file_ending": ".nii.gz", **labels}
     return trainer_class(name)(
-        json.loads(json.dumps(cascade_plans())) | {"continue_training": False},
+        plans | {"continue_training": False},
         configuration,
         fold,
         dataset,

@@ -168,7 +168,7 @@ def merge(boxes: Sequence[Box], gap: int = 0) -> list[Box]:
     if len(boxes) > SPECKLE:
         filled = np.zeros(np.array(boxes).max((0, 2)), bool)
         for box in boxes:
-            filled[tuple(slice(start, stop) for start, stop in box)] = True
+            filled[box_slices(box)] = True
         boxes = component_boxes(*connected_targets(filled))
     while len(boxes) > 1:
         ends = np.array(boxes)
@@ -349,7 +349,7 @@ def render_boxes(
         logits[0] = OUTSIDE
     pairs = [(label, box) for label, found in boxes.items() for box in found]
     for label, box in sorted(pairs, key=lambda pair: -volume(pair[1])):
-        inside = tuple(slice(start, stop) for start, stop in box)
+        inside = box_slices(box)
         if not regions:
             logits[(slice(None), *inside)] = -OUTSIDE
             logits[(0, *inside)] = -INSIDE

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from nnunet_dyn.architectures.roi import Box, Detection, DetectorNetwork, mask_boxes, merge
+from nnunet_dyn.architectures.roi import Box, Detection, DetectorNetwork, box_slices, mask_boxes, merge
 
 #: Weights of the boxes' L1 and generalised IoU beside the mask's losses, as in DETR (Carion et al. 2020).
 _L1, _GIOU = 5.0, 2.0
@@ -66,7 +66,7 @@ class LowResDetector(DetectorNetwork):
         if len(strides) != len(kernel_sizes) or len(strides) < 2:
             raise ValueError(
                 f"strides and kernel_sizes got {len(strides)} and {len(kernel_sizes)} entries; expected one a stage in "
-                "each, and two stages at least."
+                "each, and two stages at least. Correct arch_kwargs of 3d_detect in the plans."
             )
         finest = list(kernel_sizes[0])
         strides, kernel_sizes = strides[1:], kernel_sizes[1:]
@@ -265,7 +265,7 @@ class LowResDetector(DetectorNetwork):
 
     @staticmethod
     def _score(probability: np.ndarray, box: Box) -> float:
-        return float(probability[tuple(slice(start, stop) for start, stop in box)].max())
+        return float(probability[box_slices(box)].max())
 
 
 def generalised_iou(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,6 @@ from nnunet_dyn.architectures.roi import (
     end_at_border,
     enlarge,
     intersection,
-    merge,
     merge_nearest,
     mirrored_box,
     volume,
@@ -57,7 +56,7 @@ Size = tuple[int, ...]
 _DEEPEST = 2
 #: Crops are run one by one if together they have less than this share of the voxels of the crop that holds them all.
 _CLEARLY_SMALLER = 0.8
-#: So many targets in one tile are speckle, which one crop serves as well.
+#: More targets than these in one tile are speckle, of which the nearest are one.
 _MOST_TARGETS = 32
 #: So many boxes in one image are speckle, too. Each has a tile of its own, which takes milliseconds before it is run.
 _MOST_REGIONS = 512
@@ -259,13 +258,14 @@ class ROISegmentor(nn.Module):
                 "gate behind the image. Train it as a configuration with a previous_stage."
             )
         if mode not in ("own", "paper"):
-            raise ValueError(f"mode got {mode!r}; expected 'own' or 'paper'.")
+            raise ValueError(f"mode got {mode!r}; expected 'own' or 'paper'. Correct the plans.")
         if margin < 0:
-            raise ValueError(f"margin got {margin}; expected 0 voxels or more.")
+            raise ValueError(f"margin got {margin}; expected 0 voxels or more. Correct the plans.")
         found = locate(network_class) if isinstance(network_class, str) else network_class
         if not isinstance(found, type):
             raise ValueError(
-                f"network_class got {network_class!r}; expected the dotted path of a class that can be imported here."
+                f"network_class got {network_class!r}; expected the dotted path of a class that can be imported here. "
+                "Correct the plans, or install the package that has it."
             )
         options = {"mode": mode} if "mode" in inspect.signature(found).parameters else {}
         self.network = found(
@@ -360,10 +360,7 @@ class ROISegmentor(nn.Module):
         """What to do with a tile, of which ``gate: (channels, *patch)`` says where to segment."""
         patch = gate.shape[1:]
         targets = [enlarge(box, self.margin, patch) for box in _gate_boxes(gate)]
-        if len(targets) > _MOST_TARGETS:
-            targets = merge(targets)
-        if len(targets) > _MOST_TARGETS:
-            targets = [_joint(targets)]
+        targets = merge_nearest(targets, _MOST_TARGETS)
         targets = join(targets, lambda box: volume(self.crop(box, patch)))
         return self._decision([self.crop(box, patch) for box in targets], targets)
 
@@ -603,7 +600,7 @@ class Hierarchy:
                 f"{len(self.blocks)} stages; expected one for the stem and one a stage. Correct the plans."
             )
         if self.smallest < 1 or self.smallest % 4:
-            raise ValueError(f"smallest got {self.smallest}; expected a multiple of 4 voxels.")
+            raise ValueError(f"smallest got {self.smallest}; expected a multiple of 4 voxels. Correct the plans.")
 
 
 def paper_hierarchy(dimension: int = 3) -> Hierarchy:
@@ -685,7 +682,7 @@ class StageSkippingUNet(nn.Module):
     ):
         super().__init__()
         if mode not in ("own", "paper"):
-            raise ValueError(f"mode got {mode!r}; expected 'own' or 'paper'.")
+            raise ValueError(f"mode got {mode!r}; expected 'own' or 'paper'. Correct the plans.")
         dimension = convert_conv_op_to_dim(conv_op)
         if mode == "paper":
             hierarchy = paper_hierarchy(dimension)
@@ -791,8 +788,7 @@ class RefineBlock(nn.Module):
     Depthwise convolution as positional encoding; pointwise, depthwise and pointwise convolution (local
     representations); two linear layers; positional encoding; attention among every ``reduction``-th voxel, spread by a
     depthwise transposed convolution; two linear layers. Here every branch but the encodings begins with the plan's
-    normalisation, and its activation stands in for GELU, so that SGD at nnU-Net's learning rate meets branches of one
-    size.
+    normalisation, and its activation stands in for GELU.
     """
 
     def __init__(self, make: _Layers, channels: int, kernel: Size, reduction: Size, expansion: int):

@@ -296,7 +296,7 @@ class TriPlaneDetector(DetectorNetwork):
 
         def expect(condition: bool, name: str, value: object, expected: str) -> None:
             if not condition:
-                raise ValueError(f"TriPlaneDetector: {name} got {value!r}; expected {expected}.")
+                raise ValueError(f"TriPlaneDetector: {name} got {value!r}; expected {expected}. Correct the plans.")
 
         expect(len(self.patch_size) == 3, "patch_size", self.patch_size, "three numbers, since it detects in volumes")
         expect(view in View.__args__, "view", view, f"one of {', '.join(View.__args__)}")

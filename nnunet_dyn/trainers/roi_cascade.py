@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -122,6 +123,13 @@ def build_roi_cascade(
 def _network_class(configuration_manager: ConfigurationManager) -> type[nn.Module]:
     found = locate(configuration_manager.network_arch_class_name)
     return found if isinstance(found, type) else nn.Module
+
+
+def _segmentor_class(configuration_manager: ConfigurationManager) -> object:
+    """What :class:`ROISegmentor` runs on its crops."""
+    default = inspect.signature(ROISegmentor).parameters["network_class"].default
+    found = configuration_manager.network_arch_init_kwargs.get("network_class", default)
+    return locate(found) if isinstance(found, str) else found
 
 
 class _GateDataset(nnUNetBaseDataset):
@@ -257,9 +265,9 @@ class ROICascadeTrainer(CalibratedTrainer):
         fine_tuning: share of the epochs in which the segmentor sees the detector's boxes.
         detector_rotation: the largest angle by which augmentation turns a volume for the detector, half of nnU-Net's:
             one that fills its patch is turned out of it.
-        detector_lr, segmentor_lr: of AdamW, with nnU-Net's polynomial decay. The paper has 1e-3 to 2e-3 (Table 6) for
-            larger batches. The latter is of :class:`StageSkippingUNet`, whose depthwise convolutions and attention
-            hardly move under nnU-Net's SGD; other networks keep that.
+        detector_lr, segmentor_lr, adamw_decay: learning rates and weight decay of AdamW, with nnU-Net's polynomial
+            schedule. The paper has rates of 1e-3 to 2e-3 (Table 6) for larger batches. The second is of
+            :class:`StageSkippingUNet`, which hardly moves under nnU-Net's SGD; other segmentors keep that.
     """
 
     min_coverage: ClassVar[float] = 0.995
@@ -269,6 +277,7 @@ class ROICascadeTrainer(CalibratedTrainer):
     detector_rotation: ClassVar[float] = pi / 12
     detector_lr: ClassVar[float] = 2e-3
     segmentor_lr: ClassVar[float] = 4e-3
+    adamw_decay: ClassVar[float] = 0.01
 
     def __init__(
         self,
@@ -286,6 +295,10 @@ class ROICascadeTrainer(CalibratedTrainer):
         else:
             # On targets, or boxes around none: a tile without a gate teaches nothing.
             self.oversample_foreground_percent = 1.0
+        self.has_adamw = self.is_detector or _segmentor_class(self.configuration_manager) is StageSkippingUNet
+        if self.has_adamw:
+            self.initial_lr = self.detector_lr if self.is_detector else self.segmentor_lr
+            self.weight_decay = self.adamw_decay
         self._is_loaded = False
         self._is_switched = multiprocessing.Value("b", 0)
         self._predicted: int | None = None
@@ -323,6 +336,23 @@ class ROICascadeTrainer(CalibratedTrainer):
             self.module.load_pretrained()
         super().on_train_start()
 
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """nnU-Net's.
+
+        Raises:
+            JobError: a checkpoint of another optimiser, as this network had before it was trained by AdamW.
+        """
+        checkpoint = filename_or_checkpoint
+        if isinstance(checkpoint, str):
+            checkpoint = torch.load(checkpoint, map_location=self.device, weights_only=False)
+        if self.has_adamw and "betas" not in checkpoint["optimizer_state"]["param_groups"][0]:
+            raise JobError(
+                f"{self.configuration_name} of {self.plans_manager.plans_name} got a checkpoint of nnU-Net's SGD, as "
+                "an earlier version trained this network; expected one of AdamW. Train it again; prediction takes the "
+                "weights as they are."
+            )
+        super().load_checkpoint(filename_or_checkpoint)
+
     def _do_i_compile(self) -> bool:
         return False  # what runs depends on the data
 
@@ -331,13 +361,9 @@ class ROICascadeTrainer(CalibratedTrainer):
             super().set_deep_supervision_enabled(enabled)
 
     def configure_optimizers(self):
-        if self.is_detector:
-            self.initial_lr = self.detector_lr
-        elif isinstance(self.network.network, StageSkippingUNet):  # nnU-Net wraps it for DDP behind this
-            self.initial_lr = self.segmentor_lr
-        else:
+        if not self.has_adamw:
             return super().configure_optimizers()
-        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr)
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
@@ -543,6 +569,8 @@ class ROICascadeTrainer(CalibratedTrainer):
         """
         if self.is_detector:
             self._expect_calibration()
+            if self.fold == "all" and any(Path(self.output_folder_base).glob("fold_[0-9]*")):
+                return self._validate_alone(save_probabilities)
         else:
             dataset = self.dataset_class(
                 self.preprocessed_dataset_folder, self.do_split()[1], self.folder_with_segs_from_previous_stage
@@ -556,6 +584,16 @@ class ROICascadeTrainer(CalibratedTrainer):
                     f"{type(self).__name__}, then run this command again with --val."
                 )
         super().perform_actual_validation(save_probabilities)
+
+    def _validate_alone(self, save_probabilities: bool) -> None:
+        """Validation of fold ``all``, whose boxes are of cases that it has seen: those of other folds stay."""
+        self.print_to_log_file("The segmentor keeps the boxes of the other folds, which have not seen the cases.")
+        configuration = self.configuration_manager.configuration
+        following = configuration.pop("next_stage", None)
+        try:
+            super().perform_actual_validation(save_probabilities)
+        finally:
+            configuration["next_stage"] = following
 
 
 @torch.no_grad()
@@ -577,7 +615,10 @@ def boxes_of_case(
     try:
         for corner in product(*compute_steps_for_sliding_window(padded.shape[1:], patch, 0.5)):
             window = tuple(slice(start, start + size) for start, size in zip(corner, patch, strict=True))
-            outputs = network.raw(padded[(slice(None), *window)][None])
+            # On the CPU, and in single precision, once for all scores.
+            outputs = {
+                name: output.float().cpu() for name, output in network.raw(padded[(slice(None), *window)][None]).items()
+            }
             moved = [at - pad for at, pad in zip(corner, before, strict=True)]
             for score in scores:
                 network.score_threshold.fill_(score)

@@ -21,6 +21,7 @@ from nnunet_dyn.architectures.roi_segmentor import (
     threshold_index,
 )
 from nnunet_dyn.decisions import EVERYTHING_ON, EVERYTHING_SKIPPED, SKIP, DecidingNetwork
+from nnunet_dyn.trainers.roi_cascade import ROICascadeTrainer
 
 PATCH = (32, 32, 32)
 BACKGROUND = 8.0
@@ -215,10 +216,9 @@ def test_targets_far_apart_are_run_one_by_one_and_near_ones_together():
     assert apart.boxes == (cube(0, 8), cube(24, 8)) and made.operations(apart, PATCH) == 2 * made.count((8, 8, 8))
     assert near.boxes == (((0, 16), (0, 8), (0, 8)),)
     assert overlapping.targets == (cube(3, 16),)
-    many = tiles(
-        [((z, z + 1), (y, y + 1), (x, x + 1)) for z in (0, 10, 20) for y in (0, 8, 16, 24) for x in (0, 10, 20)]
-    )
-    assert len(made.decide(many)[0].boxes) == 1  # 36 specks
+    specks = [((z, z + 1), (y, y + 1), (x, x + 1)) for z in (0, 4, 8) for y in (0, 4, 8, 12) for x in (0, 4, 8)]
+    few = made.decide(tiles([*specks, cube(60, 2)], patch=(64,) * 3))[0]  # 37, of which the nearest are one
+    assert len(few.boxes) == 2 and cube(56, 8) in few.boxes and made.operations(few, PATCH) < made.count(PATCH)
 
 
 def test_boxes_that_overlap_or_meet_at_an_edge_are_one_only_where_that_is_cheaper():
@@ -512,12 +512,12 @@ def test_the_way_through_the_stages_is_not_linear(mode):
     assert {type(layer) for layer in ends} == {torch.nn.LeakyReLU}
 
 
-def test_segmenting_a_ball_can_be_learned_at_nnunets_learning_rate():
+def test_segmenting_a_ball_can_be_learned_at_the_trainers_learning_rate():
     network = ROISegmentor(2, 2, image_channels=1, deep_supervision=False, **{
         key: value for key, value in planned(n_stages=4, features=(16, 16, 16, 16)).items() if key in PLAN_KEYS
     })  # fmt: skip
     network.apply(network.initialize)
-    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5)
+    optimizer = torch.optim.AdamW(network.parameters(), ROICascadeTrainer.segmentor_lr)
     generator, losses = torch.Generator().manual_seed(0), []
     grid = torch.stack(torch.meshgrid(*(torch.arange(24),) * 3, indexing="ij"))
     for step in range(75):

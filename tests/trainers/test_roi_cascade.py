@@ -373,15 +373,14 @@ class TestSegmentor:
         assert not trainer.module.decoder.deep_supervision
 
     def test_its_own_network_is_trained_by_adamw_and_others_by_nnunets_sgd(self, make):
-        own, other = make("3d_roi"), make("3d_roi")
-        other.configuration_manager.configuration["architecture"]["arch_kwargs"] |= {
-            "network_class": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-            "n_conv_per_stage": 1,
-            "n_conv_per_stage_decoder": 1,
-        }
+        plain = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+        own = make("3d_roi")
+        other = make("3d_roi", network_class=plain, n_conv_per_stage=1, n_conv_per_stage_decoder=1)
         for trainer, kind, rate in ((own, torch.optim.AdamW, own.segmentor_lr), (other, torch.optim.SGD, 1e-2)):
             trainer.initialize()
-            assert isinstance(trainer.optimizer, kind) and trainer.optimizer.param_groups[0]["lr"] == rate
+            (group,) = trainer.optimizer.param_groups
+            assert isinstance(trainer.optimizer, kind) and group["lr"] == trainer.initial_lr == rate
+            assert group["weight_decay"] == trainer.weight_decay
             trainer.lr_scheduler.step(trainer.num_epochs - 1)
             assert 0 < trainer.optimizer.param_groups[0]["lr"] < rate / 2
 
@@ -511,6 +510,34 @@ def test_resuming_keeps_the_calibration(make, tmp_path):
     again.load_checkpoint(str(tmp_path / "checkpoint.pth"))
     assert again.module.margin.tolist() == [[0, 0, 0], [0, 0, 0], [1, 2, 3]]
     assert again.module.score_threshold.tolist() == pytest.approx([0.5, 0.5, 0.2])
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(make, tmp_path):
+    trainer, path = make("3d_roi"), str(tmp_path / "checkpoint.pth")
+    trainer.initialize()
+    trainer.optimizer = torch.optim.SGD(trainer.network.parameters(), 0.01)
+    trainer.save_checkpoint(path)
+    with pytest.raises(JobError, match="got a checkpoint of nnU-Net's SGD"):
+        make("3d_roi").load_checkpoint(path)
+    trainer.optimizer, _ = trainer.configure_optimizers()
+    trainer.save_checkpoint(path)
+    make("3d_roi").load_checkpoint(path)
+
+
+def test_fold_all_leaves_the_boxes_of_the_other_folds(make, monkeypatch):
+    """Its own are of cases that it was trained on."""
+    trainer, seen = make("3d_detect", fold="all"), []
+    trainer.initialize()
+
+    def validate(self, save_probabilities):
+        seen.append(self.configuration_manager.next_stage_names)
+
+    monkeypatch.setattr(trainer, "_expect_calibration", lambda: None)
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", validate)
+    trainer.perform_actual_validation()
+    Path(trainer.output_folder_base, "fold_0").mkdir()
+    trainer.perform_actual_validation()
+    assert seen == [["3d_roi"], None] and trainer.configuration_manager.next_stage_names == ["3d_roi"]
 
 
 def test_the_papers_detector_takes_the_defaults_place(make, monkeypatch):
