@@ -211,8 +211,8 @@ class ROISegmentor(nn.Module):
     are run as one crop where that costs hardly more, and only there. A tile without a gate is background at once.
     ``decide`` chooses, ``execute`` carries out.
 
-    Under deep supervision crops start at multiples of the strides, so that they lie on voxels at every resolution;
-    without it they are as small as can be.
+    Under deep supervision crops start at multiples of the strides of the stages that run, so that they lie on voxels at
+    these resolutions, and are stretched to voxels of coarser ones; without it they are as small as can be.
 
     In training a tile without a gate keeps a graph to the heads, with gradients of zero. Parameters that no crop of a
     batch needs get none: wrap with ``find_unused_parameters=True`` in DistributedDataParallel.
