@@ -197,16 +197,16 @@ def boxes_on_held_out(name: str, model: Path) -> dict:
     for label_file in sorted((raw / "labelsTs").glob(f"*{ending}")):
         case = label_file.name.removesuffix(ending)
         images = sorted(map(str, (raw / "imagesTs").glob(f"{case}_????{ending}")))
-        data, targets = (
+        cases = [
             configured.preprocessor_class(verbose=False).run_case(
                 images, str(label_file), predictor.plans_manager, configured, predictor.dataset_json
-            )[part]
-            for configured, part in ((configuration, 0), (fine, 1))
-        )
-        data, targets = torch.from_numpy(np.asarray(data)), np.asarray(targets[0])
+            )
+            for configured in (configuration, fine)
+        ]
+        data, targets, properties = torch.from_numpy(np.asarray(cases[0][0])), np.asarray(cases[1][1][0]), cases[0][2]
         shape = data.shape[1:]
         found = boxes_of_case(network, data, configuration.patch_size, SCORES)
-        nearest = nearest_axes(predictor.plans_manager, configuration)
+        nearest = nearest_axes(predictor.plans_manager, configuration, properties["spacing"])
         add_case(evidence, case, targets, classes, shape, found, nearest)
         scale = [size / coarse for size, coarse in zip(targets.shape, shape, strict=True)]
         for own, entry, label in zip(names, classes, channels, strict=True):

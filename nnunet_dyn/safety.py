@@ -303,7 +303,8 @@ class BoxCalibration:
     Attributes:
         margin: of each class, the voxels per axis, of the detector's grid, by which its boxes are enlarged.
         score_threshold: of each class, what a detection must reach.
-        coverage: of each class, the share of voxels inside any box.
+        coverage: of each class, the share of voxels inside any box. Of what resampling adds to a box, this counts the
+            first quarter of a voxel, all of which is held; ``volume`` and ``ratio`` nearly half, behind which nothing is.
         worst: case and class of the lowest coverage, and that coverage.
         lost_components: connected components of the size that counts of which nothing is inside a box.
         is_safe: whether every class is covered as asked for and no component is lost, in the cases left out, too.
@@ -416,7 +417,8 @@ class _BoxCase:
         """Whether each of ``cells: (N, axes)`` is in any box: ``(N,)``."""
         covered = np.zeros(len(cells), bool)
         for start, stop in _on_places(self.enlarged(settings)).transpose(0, 2, 1):
-            covered |= ((cells >= start) & (cells < stop)).all(1)
+            rest = np.flatnonzero(~covered)
+            covered[rest] = ((cells[rest] >= start) & (cells[rest] < stop)).all(1)
         return covered
 
     def resampled(self, boxes: np.ndarray) -> np.ndarray:
@@ -509,7 +511,8 @@ class BoxEvidence:
             where = (count + 1, *(2 * size + 1 for size in shape))
             keys, voxels = np.unique(np.ravel_multi_index([components[at], *coarse], where), return_counts=True)
             number, *index = np.unravel_index(keys, where)
-            of_class[label] = _Targets(number - 1, np.stack(index, 1), voxels)
+            cells = np.stack(index, 1).astype(np.int16)
+            of_class[label] = _Targets((number - 1).astype(np.int32), cells, voxels.astype(np.int32))
         self._cases.append(
             _BoxCase(
                 case,

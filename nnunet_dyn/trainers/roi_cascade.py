@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import inspect
 import json
 import multiprocessing
@@ -348,8 +349,8 @@ class ROICascadeTrainer(CalibratedTrainer):
         if self.has_adamw and "betas" not in checkpoint["optimizer_state"]["param_groups"][0]:
             raise JobError(
                 f"{self.configuration_name} of {self.plans_manager.plans_name} got a checkpoint of nnU-Net's SGD, as "
-                "an earlier version trained this network; expected one of AdamW. Train it again; prediction takes the "
-                "weights as they are."
+                "an earlier version trained this network; expected one of AdamW. Train it again, also for --val; "
+                "prediction takes the weights as they are."
             )
         super().load_checkpoint(filename_or_checkpoint)
 
@@ -483,13 +484,13 @@ class ROICascadeTrainer(CalibratedTrainer):
 
     def _observe(self, evidence: BoxEvidence, key: str, fine: nnUNetBaseDataset | None) -> None:
         """Add a case, whose targets are those of ``fine``, or its own."""
-        data, segmentation, _, _ = self.dataset_class(self.preprocessed_dataset_folder, [key]).load_case(key)
+        data, segmentation, _, properties = self.dataset_class(self.preprocessed_dataset_folder, [key]).load_case(key)
         shape = data.shape[1:]
         labels = np.asarray((segmentation if fine is None else fine.load_case(key)[1])[0])
         network, patch = self.module, self.configuration_manager.patch_size
         with self._autocast():
             found = boxes_of_case(network, torch.from_numpy(np.asarray(data[:])).to(self.device), patch, SCORES)
-        nearest = nearest_axes(self.plans_manager, self.configuration_manager)
+        nearest = nearest_axes(self.plans_manager, self.configuration_manager, properties.get("spacing"))
         add_case(evidence, key, labels, self._classes, shape, found, nearest)
 
     def _next_stage(self, keys: Sequence[str]) -> nnUNetBaseDataset | None:
@@ -569,7 +570,7 @@ class ROICascadeTrainer(CalibratedTrainer):
         """
         if self.is_detector:
             self._expect_calibration()
-            if self.fold == "all" and any(Path(self.output_folder_base).glob("fold_[0-9]*")):
+            if self.fold == "all" and self._has_handed_on_all():
                 return self._validate_alone(save_probabilities)
         else:
             dataset = self.dataset_class(
@@ -584,6 +585,15 @@ class ROICascadeTrainer(CalibratedTrainer):
                     f"{type(self).__name__}, then run this command again with --val."
                 )
         super().perform_actual_validation(save_probabilities)
+
+    def _has_handed_on_all(self) -> bool:
+        """Whether the next stage has boxes of every case, of whatever fold."""
+        dataset = self.dataset_class(self.preprocessed_dataset_folder)
+        folders = [
+            Path(self.output_folder_base, "predicted_next_stage", name)
+            for name in self.configuration_manager.next_stage_names or []
+        ]
+        return all(any(folder.glob(f"{glob.escape(key)}.*")) for folder in folders for key in dataset.identifiers)
 
     def _validate_alone(self, save_probabilities: bool) -> None:
         """Validation of fold ``all``, whose boxes are of cases that it has seen: those of other folds stay."""
@@ -658,15 +668,26 @@ def add_case(
     evidence.add_case(case, shape, labels.shape, targets, boxes, tight, nearest)
 
 
-def nearest_axes(plans_manager: PlansManager, detector: ConfigurationManager) -> tuple[int, ...]:
+def nearest_axes(
+    plans_manager: PlansManager, detector: ConfigurationManager, spacing: Sequence[float] | None
+) -> tuple[int, ...]:
     """Axes along which nnU-Net resamples the boxes of the configuration ``detector`` to the nearest voxel.
 
-    It is that of thick slices, where there is one.
+    It does so along thick slices: in training straight to the grid of the next stage, in prediction to the image's own.
+    An axis counts if it is one of either.
+
+    Args:
+        spacing: of the image, in mm, in the order of nnU-Net's readers; ``None`` if it is not known.
     """
-    fine = plans_manager.get_configuration(detector.next_stage_names[0]) if detector.next_stage_names else detector
     options = detector.configuration.get("resampling_fn_probabilities_kwargs", {})
-    is_apart, axis = determine_do_sep_z_and_axis(options.get("force_separate_z", False), detector.spacing, fine.spacing)
-    return (int(axis),) if is_apart and not options.get("order_z", 0) else ()
+    if options.get("order_z", 0):
+        return ()
+    to = [detector.spacing, *(plans_manager.get_configuration(n).spacing for n in detector.next_stage_names or [])]
+    if spacing is not None:
+        to.append([spacing[axis] for axis in plans_manager.transpose_forward])
+    force = options.get("force_separate_z", False)
+    found = (determine_do_sep_z_and_axis(force, detector.spacing, other) for other in to)
+    return tuple(sorted({int(axis) for is_apart, axis in found if is_apart}))
 
 
 def make_trainer(name: str) -> tuple[type, dict]:

@@ -25,7 +25,7 @@ from nnunet_dyn.architectures.roi_segmentor import ROISegmentor
 from nnunet_dyn.architectures.triplane import TriPlaneDetector
 from nnunet_dyn.errors import JobError
 from nnunet_dyn.trainers import roi_cascade
-from nnunet_dyn.trainers.roi_cascade import GateDatasetBlosc2, GateDatasetNumpy, boxes_of_case, draw_gate
+from nnunet_dyn.trainers.roi_cascade import GateDatasetBlosc2, GateDatasetNumpy, boxes_of_case, draw_gate, nearest_axes
 
 
 @pytest.fixture
@@ -535,9 +535,32 @@ def test_fold_all_leaves_the_boxes_of_the_other_folds(make, monkeypatch):
     monkeypatch.setattr(trainer, "_expect_calibration", lambda: None)
     monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", validate)
     trainer.perform_actual_validation()
-    Path(trainer.output_folder_base, "fold_0").mkdir()
+    predict(make("3d_roi"), CASES[:2])
     trainer.perform_actual_validation()
-    assert seen == [["3d_roi"], None] and trainer.configuration_manager.next_stage_names == ["3d_roi"]
+    predict(make("3d_roi"), CASES[2:])
+    trainer.perform_actual_validation()
+    assert seen == [["3d_roi"], ["3d_roi"], None]
+    assert trainer.configuration_manager.next_stage_names == ["3d_roi"]
+
+
+@pytest.mark.parametrize(
+    "low, image, options, axes",
+    [
+        ([2, 2, 2], [1, 1, 1], {}, ()),
+        ([2, 2, 2], [1, 1, 5], {}, (2,)),
+        ([2, 8, 2], [1, 1, 5], {}, (1,)),
+        ([2, 8, 2], None, {}, (1,)),
+        ([2, 8, 2], None, {"order_z": 1}, ()),
+        ([2, 8, 2], None, {"force_separate_z": False}, ()),
+    ],
+)
+def test_boxes_are_resampled_to_the_nearest_of_thick_slices(make, low, image, options, axes):
+    trainer = make("3d_detect")
+    trainer.configuration_manager.configuration |= {
+        "spacing": low,
+        "resampling_fn_probabilities_kwargs": {"order": 1, "order_z": 0, "force_separate_z": None} | options,
+    }
+    assert nearest_axes(trainer.plans_manager, trainer.configuration_manager, image) == axes
 
 
 def test_the_papers_detector_takes_the_defaults_place(make, monkeypatch):
