@@ -304,7 +304,7 @@ class BoxCalibration:
         margin: of each class, the voxels per axis, of the detector's grid, by which its boxes are enlarged.
         score_threshold: of each class, what a detection must reach.
         coverage: of each class, the share of voxels inside any box. Of what resampling adds to a box, this counts the
-            first quarter of a voxel, all of which is held; ``volume`` and ``ratio`` nearly half, behind which nothing is.
+            first quarter of a voxel, all of which is held; ``volume`` and ``ratio`` nearly half, all that can be.
         worst: case and class of the lowest coverage, and that coverage.
         lost_components: connected components of the size that counts of which nothing is inside a box.
         is_safe: whether every class is covered as asked for and no component is lost, in the cases left out, too.
