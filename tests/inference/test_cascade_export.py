@@ -29,6 +29,8 @@ from nnunet_dyn.inference.preprocessed import Cases
 for package in ("openvino", "onnxruntime", "nncf"):
     pytest.importorskip(package, reason="the extras nnunet-dyn[openvino,onnx] are not installed")
 
+pytestmark = pytest.mark.integration
+
 TRI_PLANE = {"size": 32, "backbone": "resnet18", "pyramid": 16, "width": 16, "hidden": 16, "heads": 2, "stages": 1}
 TRI_PLANE |= {"filter": "sobel"}
 FAR = ((13, 21), (18, 29), (28, 39))

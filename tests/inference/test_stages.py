@@ -17,6 +17,8 @@ from nnunet_dyn.quantization import FULL_PRECISION, current_width, quantized
 pytest.importorskip("openvino", reason="the extra nnunet-dyn[openvino] is not installed")
 pytest.importorskip("nncf", reason="the extra nnunet-dyn[openvino] is not installed")
 
+pytestmark = pytest.mark.integration
+
 PATCH = (64, 48)
 BOX = ((8, 40), (16, 48))
 
