@@ -345,7 +345,8 @@ class ROICascadeTrainer(CalibratedTrainer):
         """
         checkpoint = filename_or_checkpoint
         if isinstance(checkpoint, str):
-            checkpoint = torch.load(checkpoint, map_location=self.device, weights_only=False)
+            # Without the weights, which nnU-Net reads.
+            checkpoint = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=False)
         if self.has_adamw and "betas" not in checkpoint["optimizer_state"]["param_groups"][0]:
             raise JobError(
                 f"{self.configuration_name} of {self.plans_manager.plans_name} got a checkpoint of nnU-Net's SGD, as "
@@ -570,7 +571,7 @@ class ROICascadeTrainer(CalibratedTrainer):
         """
         if self.is_detector:
             self._expect_calibration()
-            if self.fold == "all" and self._has_handed_on_all():
+            if self.fold == "all" and self.configuration_manager.next_stage_names and self._has_other_boxes():
                 return self._validate_alone(save_probabilities)
         else:
             dataset = self.dataset_class(
@@ -586,20 +587,16 @@ class ROICascadeTrainer(CalibratedTrainer):
                 )
         super().perform_actual_validation(save_probabilities)
 
-    def _has_handed_on_all(self) -> bool:
-        """Whether the next stage has boxes of every case, of whatever fold."""
-        dataset = self.dataset_class(self.preprocessed_dataset_folder)
-        folders = [
-            Path(self.output_folder_base, "predicted_next_stage", name)
-            for name in self.configuration_manager.next_stage_names or []
-        ]
-        return all(any(folder.glob(f"{glob.escape(key)}.*")) for folder in folders for key in dataset.identifiers)
+    def _has_other_boxes(self) -> bool:
+        """Whether other folds have predicted every case; what fold ``all`` has written itself does not count."""
+        keys, base = self.dataset_class(self.preprocessed_dataset_folder).identifiers, Path(self.output_folder_base)
+        return all(any(base.glob(f"fold_[0-9]*/validation/{glob.escape(key)}.*")) for key in keys)
 
     def _validate_alone(self, save_probabilities: bool) -> None:
         """Validation of fold ``all``, whose boxes are of cases that it has seen: those of other folds stay."""
         self.print_to_log_file("The segmentor keeps the boxes of the other folds, which have not seen the cases.")
         configuration = self.configuration_manager.configuration
-        following = configuration.pop("next_stage", None)
+        following, configuration["next_stage"] = configuration["next_stage"], None
         try:
             super().perform_actual_validation(save_probabilities)
         finally:

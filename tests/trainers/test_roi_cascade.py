@@ -535,11 +535,14 @@ def test_fold_all_leaves_the_boxes_of_the_other_folds(make, monkeypatch):
     monkeypatch.setattr(trainer, "_expect_calibration", lambda: None)
     monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", validate)
     trainer.perform_actual_validation()
-    predict(make("3d_roi"), CASES[:2])
+    predict(make("3d_roi"), CASES)  # its own, of an earlier training, are replaced
+    for number, case in enumerate(CASES):
+        trainer.perform_actual_validation()
+        folder = Path(trainer.output_folder_base, f"fold_{number}", "validation")
+        folder.mkdir(parents=True)
+        (folder / f"{case}.nii.gz").touch()
     trainer.perform_actual_validation()
-    predict(make("3d_roi"), CASES[2:])
-    trainer.perform_actual_validation()
-    assert seen == [["3d_roi"], ["3d_roi"], None]
+    assert seen == [["3d_roi"]] * 4 + [None]
     assert trainer.configuration_manager.next_stage_names == ["3d_roi"]
 
 
